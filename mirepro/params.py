@@ -1,0 +1,164 @@
+"""params.yaml <-> frozen dataclasses: an unknown key, a wrong type or an impossible value is an error naming the key."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from mirepro.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EncoderParams:
+    """A ResNet trunk and one linear layer to `dim` (paper scale: resnet18, width 64, stem imagenet, dim 128)."""
+
+    arch: str = "resnet10"
+    width: int = 16
+    stem: str = "small"
+    dim: int = 64
+
+
+@dataclass(frozen=True)
+class OptimParams:
+    """SGD and its schedule: constant, step (x.1 at each milestone, as fractions of the run) or cosine."""
+
+    lr: float = 0.03
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: str = "constant"
+    milestones: tuple[float, ...] = (0.6, 0.8)
+    warmup: float = 0.0
+
+
+@dataclass(frozen=True)
+class ViewParams:
+    """Augmentations in their order: crop, gray, jitter, flip; a zero switches one off."""
+
+    size: int = 32
+    crop: tuple[float, float] = (0.2, 1.0)
+    gray: float = 0.2
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.4)
+    flip: float = 0.5
+
+
+@dataclass(frozen=True)
+class PretrainParams:
+    """What all rows share: paired seeds mean equal views, order and initial weights for every objective."""
+
+    data: str = "desk"
+    epochs: int = 10
+    batch: int = 128
+    shards: int = 1
+    precision: str = "float32"
+    monitor: int = 1
+    digest: int = 20
+    encoder: EncoderParams = field(default_factory=EncoderParams)
+    optim: OptimParams = field(default_factory=OptimParams)
+    views: ViewParams = field(default_factory=ViewParams)
+
+
+@dataclass(frozen=True)
+class RunParams:
+    """One pretraining run: a row of the tables with a seed."""
+
+    row: str
+    seed: int
+    objective: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    pretrain: PretrainParams = field(default_factory=PretrainParams)
+    tier: str = "portable"
+    threads: int = 1
+
+
+def build(cls: type[T], values: Mapping[str, Any] | None, where: str) -> T:
+    """Builds a frozen dataclass from plain values.
+
+    Args:
+        cls: The dataclass.
+        values: Plain YAML values; None counts as empty.
+        where: Dotted path of the mapping, for messages.
+
+    Raises:
+        UserError: Unknown key (with the nearest known one), missing key, wrong type.
+    """
+    values = {} if values is None else values
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: expected a mapping of keys, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{where}.{key}: unknown key; known: {', '.join(sorted(fields))}")
+    for name, item in fields.items():
+        default = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if default and name not in values:
+            raise UserError(f"{where}.{name}: missing key")
+    return cls(**{key: convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """Checks one plain value against a type hint; tuples come from lists, floats accept integers.
+
+    Raises:
+        UserError: The value has another type.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, where)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is tuple:
+        return _tuple(arguments, value, where)
+    if origin in (dict, Mapping, typing.get_origin(Mapping[str, Any])):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where}: expected a mapping, got {value!r}")
+        return {key: convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def _tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{where}: expected a list, got {value!r}")
+    hints = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+    if len(hints) != len(value):
+        raise UserError(f"{where}: expected {len(hints)} values, got {len(value)}")
+    return tuple(convert(hint, item, f"{where}[{i}]") for i, (hint, item) in enumerate(zip(hints, value, strict=True)))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a YAML mapping.
+
+    Raises:
+        UserError: The file is missing, is not YAML, or is no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; run the command from the repository's root") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of keys")
+    return values
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and tuples as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
