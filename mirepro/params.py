@@ -1,4 +1,4 @@
-"""params.yaml <-> frozen dataclasses: an unknown key, a wrong type or an impossible value is an error naming the key."""
+"""params.yaml <-> frozen dataclasses: unknown key, wrong type or impossible value is an error naming the key."""
 
 import dataclasses
 import types
