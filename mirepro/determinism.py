@@ -45,7 +45,7 @@ def environment(tier: str, threads: int) -> dict[str, str]:
 
 def _numpy_features() -> str:
     """NumPy's dispatched features above AVX2 that this CPU has (naming an absent one makes NumPy warn)."""
-    from numpy._core import _multiarray_umath as umath
+    from numpy._core import _multiarray_umath as umath  # type: ignore[attr-defined]
 
     above = [name for name in umath.__cpu_dispatch__ if name.startswith(("AVX512", "X86_V4", "AVX10"))]
     disabled = os.environ.get("NPY_DISABLE_CPU_FEATURES", "").split()
@@ -79,7 +79,7 @@ def configure_torch(tier: str, threads: int) -> None:
 
 
 def key(tier: str, threads: int) -> dict[str, Any]:
-    """What results depend on beside parameters, data and code: equal keys promise equal bits (tiers portable, exact)."""
+    """What results depend on beside parameters, data and code: equal keys promise equal bits (not in tier fast)."""
     import importlib.metadata
 
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy", "scipy")}

@@ -213,6 +213,7 @@ def _standardise(x: Tensor, mean: Sequence[float], deviation: Sequence[float]) -
 def lab(rgb: Tensor) -> Tensor:
     """sRGB in [0, 1] -> CIE L*a*b* under D65, `(B, 3, S, S)` (L in [0, 100])."""
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055).clamp(min=1e-6).pow(2.4), rgb / 12.92)
-    xyz = [sum(w * linear[:, i] for i, w in enumerate(row)) / white for row, white in zip(_XYZ, _WHITE, strict=True)]
+    r, g, b = linear.unbind(1)
+    xyz = [(row[0] * r + row[1] * g + row[2] * b) / white for row, white in zip(_XYZ, _WHITE, strict=True)]
     x, y, z = (torch.where(t > 0.008856, t.clamp(min=1e-6).pow(1 / 3), 7.787 * t + 16 / 116) for t in xyz)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)

@@ -1,0 +1,13 @@
+"""Contrastive multiview coding on L and ab: cross-entropy form, negatives uniform over the other modality's bank."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mirepro.objectives.ir import Ir
+
+
+@dataclass
+class Cmc(Ir):
+    """`ir` per direction, L against the ab bank and ab against the L bank, summed; both share their variates."""
+
+    modalities: ClassVar[tuple[str, ...]] = ("L", "ab")

@@ -1,0 +1,13 @@
+"""Contrastive multiview coding on L and ab: binary noise-contrastive estimation as published (Tian et al. 2019, author code)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mirepro.objectives.ir_nce import IrNce
+
+
+@dataclass
+class CmcNce(IrNce):
+    """`ir_nce` per direction, L against the ab bank and ab against the L bank, summed; both share their variates."""
+
+    modalities: ClassVar[tuple[str, ...]] = ("L", "ab")

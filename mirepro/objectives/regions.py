@@ -1,0 +1,63 @@
+"""Restricted regions: the ball of the u*N most similar rows and the ring inside it; annealing."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from mirepro.objectives.base import Objective, Step
+
+
+def ranks(outer: float | Fraction, inner: float, size: int, relative: bool = True) -> tuple[int, int]:
+    """Ranks [lo, hi) of a region of a bank of `size` rows, in exact arithmetic of the decimals as written.
+
+    Args:
+        outer: u, the ball's fraction of the bank.
+        inner: l, where the ring begins: a fraction of the ball, or of the bank.
+        size: N.
+        relative: Whether l is a fraction of the ball.
+    """
+    high = int(_exact(outer) * size)
+    return int(_exact(inner) * (high if relative else size)), high
+
+
+def _exact(decimal: float | Fraction) -> Fraction:
+    return decimal if isinstance(decimal, Fraction) else Fraction(str(decimal))
+
+
+@dataclass
+class Region(Objective):
+    """Negatives from the ranks [floor(l m_u), m_u), m_u = floor(u N); u may fall from 1 over the first half."""
+
+    outer: float = 0.1
+    inner: float = 0.0
+    inner_of: str = "ball"
+    annealed: bool = False
+
+    def validate(self) -> None:
+        """See `Objective.validate`."""
+        super().validate()
+        self._require(0 < self.outer <= 1, "outer", "a fraction u of the bank in (0, 1]")
+        self._require(0 <= self.inner < 1, "inner", "a fraction l in [0, 1)")
+        self._require(self.inner_of in ("ball", "bank"), "inner_of", "'ball' or 'bank'")
+
+    def fraction(self, step: Step) -> Fraction:
+        """u at this step: constant, or linear from 1 to `outer` over the first half of the run."""
+        final = _exact(self.outer)
+        half = max(1, step.total_steps // 2)
+        if not self.annealed or step.step >= half:
+            return final
+        return 1 + (final - 1) * Fraction(step.step, half)
+
+    def region(self, size: int, step: Step) -> tuple[int, int]:
+        """Ranks [lo, hi) at this step."""
+        return ranks(self.fraction(step), self.inner, size, self.inner_of == "ball")
+
+    def check(self, size: int, dim: int) -> list[str]:
+        """Refuses an empty region; warns where the region is smaller than the number of draws."""
+        warnings = super().check(size, dim)
+        low, high = ranks(self.outer, self.inner, size, self.inner_of == "ball")
+        self._require(high > low, "outer", f"a larger fraction: ranks [{low}, {high}) of {size} rows are empty")
+        if not self.replacement:
+            self._require(self.k - 1 <= high - low, "k", f"at most {high - low + 1} without replacement")
+        if self.k - 1 > high - low:
+            warnings.append(f"{self.k - 1} draws from a region of {high - low} rows; see the oversampling cap")
+        return warnings

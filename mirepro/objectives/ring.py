@@ -1,0 +1,14 @@
+"""Negatives from the ring: the ball without its innermost rows."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mirepro.objectives.regions import Region
+
+
+@dataclass
+class Ring(Region):
+    """Negatives uniform from the ranks [floor(l m_u), m_u); a bound only where the certificate holds."""
+
+    claim: ClassVar[str] = "certified"
+    inner: float = 0.1
