@@ -1,0 +1,69 @@
+# Two commands: `make repro` regenerates every table, `make test` checks everything. Both set themselves up.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= $(shell nproc)
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+
+# The portable tier's variables must stand before torch and numpy are loaded.
+include portable.env
+export $(shell sed 's/=.*//' portable.env)
+
+.PHONY: help setup repro status test test-slow lint bench lock
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
+
+setup: $(VENV)/extension.stamp  ## create .venv, install the pinned packages, build the extension (once)
+
+repro: setup  ## regenerate every stale table and the report of the desk profile
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mirepro repro --jobs $(JOBS)
+
+status: setup  ## say which stages are stale, and why
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mirepro status
+
+test: setup lint  ## ruff, mypy, the fast tests, then the slow ones
+	@$(BIN)/python -m pytest
+
+test-slow: setup  ## only the slow tests
+	@$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/packages.stamp  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: setup  ## speed of the compiled operators
+	@for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+lock:  ## resolve requirements.lock anew (needs uv)
+	uv pip compile pyproject.toml --extra dev --generate-hashes --python-version 3.11 \
+	  --custom-compile-command "make lock" --output-file requirements.lock
+
+$(BIN)/python:
+	@$(call need,test -n "$(PYTHON)",Python 3.11 or 3.12 not found; apt-get install python3 python3-venv)
+	@$(call need,$(PYTHON) -c 'import ensurepip$(comma) venv',the venv module is missing; apt-get install python3-venv)
+	@$(call need,test $$(df --output=avail -k . | tail -1) -ge 12000000,less than 12 GB of free disk here; free some space)
+	@echo "creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/packages.stamp: requirements.lock | $(BIN)/python
+	@echo "installing requirements.lock (some minutes, 6 GB)"
+	@$(PIP) install --require-hashes -r requirements.lock
+	@touch $@
+
+$(VENV)/extension.stamp: $(VENV)/packages.stamp $(SOURCES)
+	@$(call need,command -v g++,no C++ compiler; apt-get install g++)
+	@$(call need,$(BIN)/python -c '$(HEADERS)',Python.h is missing; apt-get install python3-dev)
+	@echo "building the extension"
+	@$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+comma := ,
+HEADERS := import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))
+# $(call need,command,complaint): one line and a non-zero exit where the command fails
+need = $(1) >/dev/null 2>&1 || { echo "mirepro: $(2)" >&2; exit 1; }
