@@ -77,6 +77,44 @@ class RunParams:
     threads: int = 1
 
 
+@dataclass(frozen=True)
+class LinearParams:
+    """Linear evaluation: L2 values tried on val; the author protocol's SGD (paper scale: lr .01, 100 epochs)."""
+
+    l2: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+    iterations: int = 200
+    tolerance: float = 1e-4
+    author_epochs: int = 5
+    author_lr: float = 0.01
+    author_momentum: float = 0.9
+    author_batch: int = 128
+
+
+@dataclass(frozen=True)
+class EvaluateParams:
+    """Transfer to classification; `anchors` images get a picture of their neighbourhood."""
+
+    data: str = "desk"
+    k_nn: tuple[int, ...] = (1, 5, 20, 200)
+    tau: float = 0.07
+    anchors: int = 6
+    gallery: int = 8
+    linear: LinearParams = field(default_factory=LinearParams)
+    views: ViewParams = field(default_factory=ViewParams)
+
+
+@dataclass(frozen=True)
+class ToyParams:
+    """The Gaussian toy of table T5: (dimensions, correlation) cases over independent banks."""
+
+    cases: tuple[tuple[int, float], ...] = ((5, 0.5), (20, 0.5))
+    banks: int = 6
+    rows: int = 8192
+    anchors: int = 1500
+    redraws: int = 8
+    seed: int = 0
+
+
 def build(cls: type[T], values: Mapping[str, Any] | None, where: str) -> T:
     """Builds a frozen dataclass from plain values.
 

@@ -1,4 +1,4 @@
-"""Contrastive multiview coding on L and ab: binary noise-contrastive estimation as published (Tian et al. 2019, author code)."""
+"""Contrastive multiview coding on L and ab as published: binary NCE (Tian et al. 2019, author code)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,0 +1,83 @@
+"""Checkpoints of a running job: whole or absent, this run's or refused, the previous one kept."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from mirepro import files
+from mirepro.errors import UserError
+
+NAME, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+_DIGEST = 32
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors and plain JSON facts of a run between two epochs."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def save(folder: Path, fingerprint: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Writes a checkpoint atomically, keeping the one before; the file ends with the sha256 of what precedes it."""
+    meta = json.dumps({"fingerprint": fingerprint, "facts": facts}, sort_keys=True)
+    copies = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    content = to_safetensors(copies, {"mirepro": meta})
+    current = folder / NAME
+    if current.exists():
+        previous = folder / PREVIOUS
+        previous.unlink(missing_ok=True)
+        os.link(current, previous)
+    files.write_bytes(current, content + hashlib.sha256(content).digest())
+
+
+def load(folder: Path, fingerprint: str) -> Checkpoint | None:
+    """The newest undamaged checkpoint, or None where there is none.
+
+    Raises:
+        UserError: A checkpoint belongs to another run (other parameters, data or code).
+    """
+    for path in (folder / NAME, folder / PREVIOUS):
+        if not path.exists():
+            continue
+        checkpoint = _read(path, fingerprint)
+        if checkpoint is not None:
+            return checkpoint
+        print(f"{path}: damaged checkpoint ignored", file=sys.stderr)
+    return None
+
+
+def _read(path: Path, fingerprint: str) -> Checkpoint | None:
+    raw = path.read_bytes()
+    content, digest = raw[:-_DIGEST], raw[-_DIGEST:]
+    if hashlib.sha256(content).digest() != digest:
+        return None
+    try:
+        length = int.from_bytes(content[:8], "little")
+        meta = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["mirepro"])
+        tensors = from_safetensors(content)
+    except (SafetensorError, KeyError, ValueError):
+        return None
+    if meta["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{path}: checkpoint of another run ({meta['fingerprint'][:12]}, not {fingerprint[:12]}); "
+            "remove the folder to start anew"
+        )
+    return Checkpoint(tensors, meta["facts"])
+
+
+def clear(folder: Path) -> None:
+    """Removes the checkpoints of a finished run."""
+    for name in (NAME, PREVIOUS):
+        (folder / name).unlink(missing_ok=True)

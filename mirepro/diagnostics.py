@@ -1,0 +1,97 @@
+"""What an objective's numbers may claim: certificate, T3 share, fallbacks, copies and false negatives; final MI."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mirepro import ops
+from mirepro.bank import MemoryBank
+from mirepro.objectives.base import Objective, Query, Step, Terms
+from mirepro.objectives.ir import Ir
+
+
+@torch.no_grad()
+def epoch(
+    objective: Objective,
+    z: Mapping[str, Tensor],
+    banks: Mapping[str, MemoryBank],
+    index: Tensor,
+    step: Step,
+    classes: Tensor,
+) -> dict[str, float]:
+    """Diagnostics of one batch, averaged over the directions.
+
+    Args:
+        objective: Whose negatives.
+        z: Embeddings `(B, D)` per modality.
+        banks: As they stood when the loss was taken.
+        index: `(B,)` own rows.
+        step: The batch's step.
+        classes: `(N,)` class of each bank row; read for diagnostics only.
+    """
+    rows = [_query(objective, q, classes) for q in objective.queries(z, banks, index, step)]
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def _query(objective: Objective, q: Query, classes: Tensor) -> dict[str, float]:
+    terms = objective.terms(q)
+    everything, _ = ops.region_logsumexp(q.z, q.bank, 0, q.size, objective.tau)
+    values = {"certified_share": _certified(objective, q, terms, everything)}
+    low, high = objective.region(q.size, q.step)
+    lowest = ops.region_thresholds(q.z, q.bank, low, high)[:, 1] / objective.tau
+    values["t3_share"] = float((lowest >= everything - math.log(q.size)).double().mean())
+    fallbacks = getattr(objective, "fallbacks", None)
+    values["fallback_share"] = fallbacks(q) if fallbacks else 0.0
+    if terms.negatives is not None:
+        values["own_copies"] = float((terms.negatives == q.index[:, None]).double().sum(1).mean())
+        values["same_class_share"] = float((classes[terms.negatives] == classes[q.index][:, None]).double().mean())
+    return values
+
+
+def _certified(objective: Objective, q: Query, terms: Terms, everything: Tensor) -> float:
+    """1 where mean estimate + 3 standard errors <= log N - CE_full (Barber-Agakov, exact for the finite bank)."""
+    if terms.estimate is None:
+        return 0.0
+    positive = ops.gather_dot(q.z, q.bank, q.index[:, None])[:, 0] / objective.tau
+    bound = math.log(q.size) - float((everything - positive).double().mean())
+    estimate = terms.estimate.double()
+    error = float(estimate.std()) / math.sqrt(len(estimate)) if len(estimate) > 1 else 0.0
+    return float(float(estimate.mean()) + 3 * error <= bound)
+
+
+@torch.no_grad()
+def nce(objective: Objective, z: Mapping[str, Tensor], banks: Mapping[str, MemoryBank], step: Step) -> float:
+    """The unrestricted `ir` estimate of the final f against the final bank, nats: objectives compared at equal f.
+
+    Args:
+        objective: Gives k, tau and the directions.
+        z: Embeddings `(N, D)` per modality of fresh views of all training images, in bank order.
+        banks: Final banks.
+        step: A step no training batch has used.
+    """
+    plain = Ir(k=objective.k, tau=objective.tau)
+    index = torch.arange(len(next(iter(z.values()))))
+    queries = objective.queries(z, banks, index, step)
+    estimates = [plain.terms(q).estimate for q in queries]
+    return sum(float(e.double().mean()) for e in estimates if e is not None) / len(estimates)
+
+
+@torch.no_grad()
+def held_out(objective: Objective, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    """I(view; view') from below, nats: two fresh views of validation images, all others as distinct negatives.
+
+    Args:
+        objective: Gives tau and the directions.
+        first: Embeddings `(N_val, D)` per modality of one view.
+        second: The same of another view.
+    """
+    estimates = []
+    for anchor, other in objective.pairs():
+        n = len(first[anchor])
+        index = torch.arange(n)[:, None]
+        everything, _ = ops.region_logsumexp(first[anchor], second[other], 0, n, objective.tau)
+        positive = ops.gather_dot(first[anchor], second[other], index)[:, 0] / objective.tau
+        estimates.append(math.log(n) - float((everything - positive).double().mean()))
+    return sum(estimates) / len(estimates)

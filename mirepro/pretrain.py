@@ -1,0 +1,346 @@
+"""Pretraining: the loop, its shard seam, resume, and the run's metrics."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from mirepro import checkpoint, determinism, diagnostics, encoders, files, metrics, objectives, ops, rng, views
+from mirepro.bank import MemoryBank
+from mirepro.data import shards
+from mirepro.errors import UserError
+from mirepro.objectives.base import Objective, Output, Step
+from mirepro.params import OptimParams, PretrainParams, RunParams
+from mirepro.progress import Bar
+
+CHECKPOINT_SECONDS = 2.0
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pretrain(run: RunParams, data_folder: Path, work: Path, out: Path, fingerprint: str) -> dict[str, Any]:
+    """Trains one run, resuming from its own checkpoint.
+
+    Args:
+        run: Row, seed, objective and everything else that decides the result.
+        data_folder: Data set with splits train and val; test is never opened.
+        work: Folder that survives a kill.
+        out: Folder to fill: encoder.safetensors, bank.safetensors, history.jsonl, chain.txt.
+        fingerprint: Names the run; a checkpoint of another one is refused.
+
+    Returns:
+        The run's metrics document.
+
+    Raises:
+        UserError: Impossible parameters, damaged data, a foreign checkpoint.
+    """
+    trainer = Trainer(run, shards.open(data_folder, "train"), shards.open(data_folder, "val"))
+    trainer.resume(checkpoint.load(work, fingerprint))
+    saved = time.monotonic()
+    total, batch = trainer.total_steps * trainer.params.batch, trainer.params.batch
+    with Bar(f"{run.row}-s{run.seed}", total, trainer.step * batch) as bar:
+        for epoch in range(trainer.epoch, trainer.params.epochs):
+            trainer.begin(epoch)
+            for index in trainer.batches(epoch):
+                output = trainer.train_step(index)
+                bar.advance(batch, loss=float(output.loss.detach()), estimate=output.estimate, **trainer.monitor)
+            trainer.finish(epoch)
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                checkpoint.save(work, fingerprint, trainer.tensors(), trainer.facts())
+                saved = time.monotonic()
+    if trainer.total_steps == 0:
+        trainer.calibrate()
+    trainer.write(out)
+    return trainer.metrics()
+
+
+def check(params: PretrainParams, size: int) -> None:
+    """Refuses impossible settings with UserError."""
+    rules = {
+        "batch": (1 <= params.batch <= size, f"between 1 and the {size} training images"),
+        "shards": (params.shards >= 1 and params.batch % params.shards == 0, f"a divisor of the batch {params.batch}"),
+        "epochs": (params.epochs >= 0, "0 or more"),
+        "precision": (params.precision in PRECISIONS, " or ".join(PRECISIONS)),
+        "monitor": (params.monitor >= 0, "0 (never) or a number of epochs"),
+        "digest": (params.digest >= 1, "a number of steps"),
+    }
+    for key, (right, remedy) in rules.items():
+        if not right:
+            raise UserError(f"pretrain.{key}: {getattr(params, key)!r} is impossible; use {remedy}")
+    schedules = ("constant", "step", "cosine")
+    if params.optim.schedule not in schedules:
+        raise UserError(f"optim.schedule: {params.optim.schedule!r} is unknown; known: {', '.join(schedules)}")
+    views.check(params.views)
+
+
+def learning_rate(optim: OptimParams, progress: float) -> float:
+    """Learning rate at `progress` in [0, 1): linear warm-up, then constant, step (x.1 a milestone) or cosine."""
+    if progress < optim.warmup:
+        return optim.lr * (progress / optim.warmup)
+    if optim.schedule == "step":
+        return optim.lr * 0.1 ** sum(progress >= milestone for milestone in optim.milestones)
+    if optim.schedule == "cosine":
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return optim.lr
+
+
+def tree_sum(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Sums the shards' gradients pairwise: (0+1)+(2+3)..., the same tree whichever rank computed them."""
+    rows = [list(part) for part in parts]
+    while len(rows) > 1:
+        pairs = [rows[i : i + 2] for i in range(0, len(rows), 2)]
+        rows = [[a + b for a, b in zip(*pair, strict=True)] if len(pair) == 2 else pair[0] for pair in pairs]
+    return rows[0]
+
+
+class Trainer:
+    """The state of a run: model, objective, banks, optimiser, history, digest chain."""
+
+    def __init__(self, run: RunParams, train: shards.Split, val: shards.Split) -> None:
+        self.run, self.params = run, run.pretrain
+        check(self.params, train.size)
+        self.objective: Objective = objectives.create(run.objective, run.options)
+        self.warnings = self.objective.check(train.size, self.params.encoder.dim)
+        self.images = torch.from_numpy(train.images(None))
+        self.classes, self.val = torch.from_numpy(train.labels), val
+        self.model = encoders.Ensemble(self.params.encoder, self.objective.modalities)
+        encoders.initialise(self.model, run.seed)
+        self.banks = {
+            name: MemoryBank(train.size, self.params.encoder.dim, seed=run.seed, modality=number)
+            for number, name in enumerate(self.objective.modalities)
+        }
+        self.weights = [*self.model.parameters(), *self.objective.parameters()]
+        optim = self.params.optim
+        self.optimiser = torch.optim.SGD(self.weights, optim.lr, optim.momentum, weight_decay=optim.weight_decay)
+        self.steps_per_epoch = train.size // self.params.batch
+        self.total_steps = self.params.epochs * self.steps_per_epoch
+        self.epoch, self.step = 0, 0
+        self.history: list[dict[str, Any]] = []
+        self.chain: list[dict[str, Any]] = []
+        self.monitor: dict[str, float | None] = {}
+
+    def batches(self, epoch: int) -> list[Tensor]:
+        """`(B,)` int64 sample indices of each step; the incomplete last batch is left out."""
+        order = torch.from_numpy(rng.permutation(self.run.seed, rng.Stream.ORDER, epoch, len(self.images)))
+        return list(order[: self.steps_per_epoch * self.params.batch].split(self.params.batch))
+
+    def begin(self, epoch: int) -> None:
+        """Starts an epoch: clusterings and the like."""
+        self.model.train()
+        self.objective.refresh(self.banks, epoch, self.run.seed)
+        self.epoch, self.sums = epoch, {"loss": 0.0, "estimate": 0.0}
+
+    def position(self) -> Step:
+        """Where the run stands."""
+        return Step(self.run.seed, self.step, self.total_steps, self.epoch, self.params.epochs)
+
+    def train_step(self, index: Tensor) -> Output:
+        """Views -> embeddings per shard -> the objective on the global batch -> backward per shard -> step -> bank.
+
+        Args:
+            index: `(B,)` sample indices.
+        """
+        rgb = views.batch(self.images[index], self.params.views, seed=self.run.seed, epoch=self.epoch, index=index)
+        parts = [self.embed(piece) for piece in rgb.chunk(self.params.shards)]
+        z = {
+            name: torch.cat([part[name] for part in parts]).detach().requires_grad_() for name in self.model.modalities
+        }
+        self.optimiser.zero_grad()
+        position = self.position()
+        output = self.objective(z, self.banks, index, position, self.classes[index])
+        output.loss.backward()
+        self._backward(parts, z)
+        self._schedule()
+        self.optimiser.step()
+        if self.step % self.steps_per_epoch == self.steps_per_epoch - 1 and not self.objective.uses_labels:
+            self.diagnosis = diagnostics.epoch(self.objective, z, self.banks, index, position, self.classes)
+        self.objective.update(self.banks, z, index)
+        self._count(output)
+        return output
+
+    def embed(self, rgb: Tensor) -> dict[str, Tensor]:
+        """`(b, 3, S, S)` of one shard -> embeddings `(b, D)` float32 per modality; BatchNorm sees this shard alone."""
+        kind = PRECISIONS[self.params.precision]
+        with torch.autocast(rgb.device.type, kind or torch.bfloat16, enabled=kind is not None):
+            z = self.model.embed(rgb)
+        return {name: value.float() for name, value in z.items()}
+
+    def _backward(self, parts: list[dict[str, Tensor]], z: dict[str, Tensor]) -> None:
+        """Gradients of the weights from dz, shard by shard, summed in a fixed tree."""
+        weights = list(self.model.parameters())
+        pieces = {name: value.grad.chunk(self.params.shards) for name, value in z.items() if value.grad is not None}
+        gradients = []
+        for number, part in enumerate(parts):
+            outputs = [part[name] for name in pieces]
+            gradients.append(torch.autograd.grad(outputs, weights, [pieces[name][number] for name in pieces]))
+        for weight, gradient in zip(weights, tree_sum(gradients), strict=True):
+            weight.grad = gradient
+
+    def _schedule(self) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.params.optim, self.step / self.total_steps)
+
+    def _count(self, output: Output) -> None:
+        loss = float(output.loss.detach())
+        if not math.isfinite(loss):
+            raise UserError(f"{self.run.row}-s{self.run.seed}: loss is {loss} at step {self.step}; lower optim.lr")
+        self.sums["loss"] += loss
+        self.sums["estimate"] += math.nan if output.estimate is None else output.estimate
+        self.step += 1
+        if self.step % self.params.digest == 0 or self.step == self.total_steps:
+            banks = {f"bank.{name}": bank.rows for name, bank in self.banks.items()}
+            parts = determinism.digests({**self.model.state_dict(), **banks})
+            previous = self.chain[-1]["chain"] if self.chain else ""
+            link = determinism.chain(previous, self.step, parts)
+            self.chain.append({"step": self.step, "chain": link, "tensors": parts})
+
+    def finish(self, epoch: int) -> None:
+        """Ends an epoch: one line of history."""
+        if self.params.monitor and (epoch + 1) % self.params.monitor == 0:
+            self.monitor = {"1-NN": self.nearest_neighbour()}
+        means = {name: value / self.steps_per_epoch for name, value in self.sums.items()}
+        estimate = None if math.isnan(means["estimate"]) else means["estimate"]
+        line = {
+            "epoch": epoch + 1,
+            "step": self.step,
+            "loss": means["loss"],
+            "estimate": estimate,
+            "cap": None if estimate is None else self.objective.cap(len(self.images)),
+            "lr": self.optimiser.param_groups[0]["lr"],
+            "knn1_val": self.monitor.get("1-NN"),
+        }
+        self.history.append(line | ({} if self.objective.uses_labels else self.diagnosis))
+        self.epoch = epoch + 1
+
+    @torch.no_grad()
+    def embeddings(self, images: Tensor, *, epoch: int | None = None, view: int = 0) -> dict[str, Tensor]:
+        """Embeddings `(N, D)` per modality in evaluation mode: of a fresh view where `epoch` is given, else plain."""
+        self.model.eval()
+        parts = []
+        for index in torch.arange(len(images)).split(256):
+            if epoch is None:
+                rgb = views.plain(images[index], self.params.views.size)
+            else:
+                drawn = {"seed": self.run.seed, "epoch": epoch, "view": view}
+                rgb = views.batch(images[index], self.params.views, index=index, **drawn)  # type: ignore[arg-type]
+            parts.append(self.model.embed(rgb))
+        return {name: torch.cat([part[name] for part in parts]) for name in self.model.modalities}
+
+    def nearest_neighbour(self) -> float:
+        """1-NN top-1 on val against the bank's rows, percent."""
+        z = torch.cat(list(self.embeddings(torch.from_numpy(self.val.images(None))).values()), 1)
+        rows = torch.cat([bank.rows for bank in self.banks.values()], 1)
+        _, nearest = ops.neighbors(z, rows, 1)
+        hits = self.classes[nearest[:, 0]] == torch.from_numpy(self.val.labels)
+        return 100 * float(hits.double().mean())
+
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """BatchNorm statistics by one pass over plain training images, for an encoder that takes no step."""
+        norms = [m for m in self.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+        self.model.train()
+        for images in self.images.split(self.params.batch):
+            self.model.embed(views.plain(images, self.params.views.size))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint holds as tensors."""
+        buffers = {
+            f"optim.{i}": self.optimiser.state[weight]["momentum_buffer"]
+            for i, weight in enumerate(self.weights)
+            if self.optimiser.state.get(weight, {}).get("momentum_buffer") is not None
+        }
+        return (
+            {f"model.{name}": value for name, value in self.model.state_dict().items()}
+            | {f"bank.{name}": bank.rows for name, bank in self.banks.items()}
+            | {f"objective.{name}": value for name, value in self.objective.state().items()}
+            | {f"parameter.{i}": value.data for i, value in enumerate(self.objective.parameters())}
+            | buffers
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Everything else a checkpoint holds."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "history": self.history,
+            "chain": self.chain,
+            "monitor": self.monitor,
+        }
+
+    def resume(self, saved: checkpoint.Checkpoint | None) -> None:
+        """Restores a checkpoint; None starts anew."""
+        if saved is None:
+            return
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, value in saved.tensors.items():
+            group, _, rest = name.partition(".")
+            groups.setdefault(group, {})[rest] = value
+        self.model.load_state_dict(groups["model"])
+        for name, rows in groups["bank"].items():
+            self.banks[name].rows = rows
+        self.objective.load_state(groups.get("objective", {}))
+        for i, parameter in enumerate(self.objective.parameters()):
+            parameter.data.copy_(groups["parameter"][str(i)])
+        for i, weight in enumerate(self.weights):
+            if str(i) in groups.get("optim", {}):
+                self.optimiser.state[weight]["momentum_buffer"] = groups["optim"][str(i)]
+        for name in ("epoch", "step", "history", "chain", "monitor"):
+            setattr(self, name, saved.facts[name])
+
+    def write(self, out: Path) -> None:
+        """Writes the run's artefacts."""
+        encoders.save(out / "encoder.safetensors", self.model)
+        rows = {name: bank.rows.contiguous() for name, bank in self.banks.items()}
+        files.write_bytes(out / "bank.safetensors", to_safetensors(rows))
+        for name, lines in (("history.jsonl", self.history), ("chain.txt", self.chain)):
+            files.write_text(out / name, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
+
+    def metrics(self) -> dict[str, Any]:
+        """The run's metrics document; reads train and val only."""
+        last = self.history[-1] if self.history else {}
+        images, fresh = torch.from_numpy(self.val.images(None)), self.params.epochs
+        mi = diagnostics.held_out(
+            self.objective, self.embeddings(images, epoch=fresh), self.embeddings(images, epoch=fresh, view=1)
+        )
+        shares = [line["certified_share"] for line in self.history if "certified_share" in line]
+        k, tau = self.objective.k, self.objective.tau
+        claim = {"yes": "bound by its form", "certified": "bound only where certified", "no": "no claim"}
+        cells = {
+            "estimate": (
+                last.get("estimate"),
+                "nats",
+                f"mean over the last epoch; k {k}; {claim[self.objective.claim]}",
+            ),
+            "cap": (last.get("cap"), "nats", "min(log k, log N)"),
+            "nce_at_equal_f": (self._nce(), "nats", f"unrestricted ir estimate of the final f, fresh views, k {k}"),
+            "mi_views": (mi, "nats", f"held out: two fresh views of {len(images)} val images, tau {tau}"),
+            "certified_share": (
+                sum(shares) / len(shares) if shares else None,
+                "",
+                "share of epochs with a certificate",
+            ),
+            "images_seen": (self.step * self.params.batch, "", "training images drawn"),
+            "parameters": (encoders.count(self.model), "", "trainable parameters of the encoders"),
+        } | {
+            name: (last.get(name), "", "last batch of the last epoch")
+            for name in ("t3_share", "fallback_share", "own_copies", "same_class_share")
+        }
+        detail = {"warnings": self.warnings, "chain": self.chain[-1]["chain"] if self.chain else None}
+        run = f"{self.run.row}-s{self.run.seed}"
+        rows = {name: metrics.cell(*values) for name, values in cells.items()}
+        return metrics.document("pretrain", run, self.run.row, self.run.seed, rows, detail)
+
+    def _nce(self) -> float | None:
+        if self.total_steps == 0 or self.objective.uses_labels:
+            return None
+        position = Step(self.run.seed, self.total_steps, self.total_steps, self.params.epochs, self.params.epochs)
+        z = self.embeddings(self.images, epoch=self.params.epochs)
+        return diagnostics.nce(self.objective, z, self.banks, position)
