@@ -1,0 +1,119 @@
+"""Transfer to classification: weighted kNN and linear evaluation of one frozen encoder, in one process."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mirepro import encoders, files, metrics, ops, views
+from mirepro.data import shards
+from mirepro.encoders import Ensemble
+from mirepro.params import EvaluateParams
+from mirepro.transfer import knn, linear
+
+KINDS = ("flat", "pool")
+
+
+@torch.no_grad()
+def features(model: Ensemble, rgb: Tensor) -> dict[str, Tensor]:
+    """RGB in [0, 1] `(N, 3, S, S)` -> `flat` `(N, F h w)`, `pool` `(N, F)` and the embedding `z` `(N, D)`, unit rows."""
+    rows: dict[str, list[Tensor]] = {"flat": [], "pool": [], "z": []}
+    for piece in rgb.split(256):
+        inputs = views.modalities(piece, model.modalities)
+        maps = [model.encoder(name).feature_map(inputs[name]) for name in model.modalities]
+        pooled = [m.mean((2, 3)) for m in maps]
+        heads = [model.encoder(name).head(p) for name, p in zip(model.modalities, pooled, strict=True)]
+        z = torch.cat([torch.nn.functional.normalize(h) for h in heads], 1) / len(heads) ** 0.5
+        rows["flat"].append(torch.cat(maps, 1).flatten(1))
+        rows["pool"].append(torch.cat(pooled, 1))
+        rows["z"].append(z)
+    return {name: torch.cat(pieces) for name, pieces in rows.items()}
+
+
+def evaluate(
+    run: str, row: str, seed: int, params: EvaluateParams, pretrained: Path, data_folder: Path, out: Path
+) -> dict[str, Any]:
+    """kNN and linear evaluation; every choice is made on val, test is read once.
+
+    Args:
+        run: Name of the run.
+        row: Its row in the tables.
+        seed: Its seed.
+        params: Protocols.
+        pretrained: Folder with encoder.safetensors and bank.safetensors.
+        data_folder: Data set.
+        out: Folder to fill: gallery.json, test.json.
+
+    Returns:
+        The metrics document.
+    """
+    model = encoders.load(pretrained / "encoder.safetensors")
+    splits = {name: shards.open(data_folder, name) for name in ("train", "val", "test")}
+    size = params.views.size
+    x = {name: features(model, views.plain(torch.from_numpy(s.images(None)), size)) for name, s in splits.items()}
+    y = {name: torch.from_numpy(split.labels) for name, split in splits.items()}
+    n_classes = len(splits["train"].classes)
+    predicted: dict[str, Tensor] = {}
+    detail: dict[str, Any] = {"grid": {}, "chosen": {}, "trials": len(params.linear.l2), "features": {}}
+    cells: dict[str, Any] = {}
+    for kind in KINDS:
+        pair = [(x[name][kind], y[name]) for name in ("train", "val")]
+        classifier, detail["grid"][kind], chosen = linear.fit(pair[0], pair[1], n_classes, params.linear)
+        detail["chosen"][kind], detail["features"][kind] = chosen, x["train"][kind].shape[1]
+        predicted[f"linear_{kind}"] = classifier.predict(x["test"][kind])
+        cells[f"linear_{kind}"] = f"softmax regression on {kind} C5, L2 {chosen} of {detail['trials']} chosen on val"
+    for kind, classifier in _author(model, splits["train"], y["train"], n_classes, seed, params).items():
+        predicted[f"linear_author_{kind}"] = classifier.predict(x["test"][kind])
+        sgd = f"SGD lr {params.linear.author_lr}, momentum {params.linear.author_momentum}"
+        cells[f"linear_author_{kind}"] = f"{sgd}, {params.linear.author_epochs} epochs, train augmentation, {kind} C5"
+    votes = knn.predict(
+        x["test"]["z"], x["train"]["z"], y["train"], k_nn=params.k_nn, tau=params.tau, n_classes=n_classes
+    )
+    for k, prediction in votes.items():
+        predicted[f"knn_{k}"] = prediction
+        cells[f"knn_{k}"] = f"weighted kNN on z, k {k}, tau {params.tau}"
+    _write(out, predicted, y["test"], gallery(pretrained, params))
+    values = {
+        name: metrics.cell(linear.top1(predicted[name], y["test"]), "%", f"{protocol}; test top-1")
+        for name, protocol in cells.items()
+    }
+    return metrics.document("evaluate", run, row, seed, values, detail)
+
+
+def _author(
+    model: Ensemble, train: shards.Split, classes: Tensor, n_classes: int, seed: int, params: EvaluateParams
+) -> dict[str, linear.Classifier]:
+    images, index = torch.from_numpy(train.images(None)), torch.arange(train.size)
+    epochs = [
+        features(model, views.batch(images, params.views, seed=seed, epoch=epoch, index=index, view=2))
+        for epoch in range(params.linear.author_epochs)
+    ]
+    return {
+        kind: linear.author([e[kind] for e in epochs], classes, n_classes, seed=seed, params=params.linear)
+        for kind in KINDS
+    }
+
+
+def gallery(pretrained: Path, params: EvaluateParams) -> dict[str, Any]:
+    """Nearest rows (ball) and rows from rank 1 % on (ring) of a few evenly spaced anchors, by the final bank."""
+    banks = load_file(pretrained / "bank.safetensors")
+    rows = torch.cat(list(banks.values()), 1)
+    n = len(rows)
+    anchors = torch.arange(params.anchors) * (n // params.anchors)
+    start, end = n // 100, n // 10
+    _, near = ops.neighbors(rows[anchors].contiguous(), rows, max(end, params.gallery + 1))
+    ring = torch.linspace(start, end - 1, params.gallery).long()
+    items = []
+    for anchor, order in zip(anchors.tolist(), near, strict=True):
+        ball = [i for i in order.tolist() if i != anchor][: params.gallery]
+        items.append({"index": anchor, "ball": ball, "ring": order[ring].tolist()})
+    return {"split": "train", "anchors": items}
+
+
+def _write(out: Path, predicted: dict[str, Tensor], classes: Tensor, pictures: dict[str, Any]) -> None:
+    bits = {name: np.packbits((value == classes).numpy()).tobytes().hex() for name, value in predicted.items()}
+    files.write_json(out / "test.json", {**bits, "n": len(classes)})
+    files.write_json(out / "gallery.json", pictures)
