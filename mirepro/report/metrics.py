@@ -1,0 +1,92 @@
+"""Reads what the stages measured: `metrics/<profile>/...`, one record for each run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mirepro import files
+from mirepro.errors import UserError
+
+SCHEMA = "mirepro.metrics/1"
+CONTROLS = ("colour", "area_position", "pixels", "hog")
+MODELS = {"T2": "mask", "T3": "mask", "T4": "keypoint"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run: its seed (None for a control without randomness) and its cells {name: {value, unit, protocol}}."""
+
+    run: str
+    seed: int | None
+    cells: Mapping[str, Mapping[str, Any]]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Reads one metrics file.
+
+    Raises:
+        UserError: The file is missing, no JSON, or has another schema.
+    """
+    content = files.read_json(path)
+    if not isinstance(content, dict) or content.get("schema", SCHEMA) != SCHEMA:
+        raise UserError(f"{path}: expected schema {SCHEMA}; run the stage that makes it again")
+    return content
+
+
+def record(root: Path, profile: str, table: str, run: str) -> Record:
+    """All cells that a run contributes to a table.
+
+    T2..T4 read the detection model's file, every other table joins evaluation and pretraining (rows without
+    pretraining, such as a random encoder, may have no pretraining file).
+    """
+    folder = root / "metrics" / profile
+    if table in MODELS:
+        content = read(folder / "detect" / f"{run}-{MODELS[table]}.json")
+        return Record(run, content.get("seed"), content["cells"])
+    content = read(folder / "evaluate" / f"{run}.json")
+    training = folder / "pretrain" / f"{run}.json"
+    before = read(training)["cells"] if training.exists() else {}
+    return Record(run, content.get("seed"), {**before, **content["cells"]})
+
+
+def controls(root: Path, profile: str) -> dict[str, Record]:
+    """The control rows in their fixed order; empty when the profile has none."""
+    path = root / "metrics" / profile / "controls.json"
+    if not path.exists():
+        return {}
+    rows = read(path)["rows"]
+    names = [name for name in CONTROLS if name in rows] + sorted(set(rows) - set(CONTROLS))
+    return {name: Record(name, None, rows[name].get("cells", rows[name])) for name in names}
+
+
+def records(root: Path, profile: str, layout: Mapping[str, Any], table: str) -> dict[str, list[Record]]:
+    """The rows of a table in the layout's order, then (T1) the controls that the layout does not place itself."""
+    fixed = controls(root, profile) if table == "T1" else {}
+    result: dict[str, list[Record]] = {}
+    for row, runs in rows_of(layout, table).items():
+        if not runs and row not in fixed:
+            raise UserError(f"tables.{table}.rows.{row}: no runs and no such control; list at least one run")
+        result[row] = [record(root, profile, table, run) for run in runs] if runs else [fixed[row]]
+    return result | {row: [item] for row, item in fixed.items() if row not in result}
+
+
+def rows_of(layout: Mapping[str, Any], table: str) -> dict[str, list[str]]:
+    """The layout's {row: [run, ...]} of a table; empty when the table is not part of the profile.
+
+    Raises:
+        UserError: The layout has another shape.
+    """
+    rows = (layout.get(table) or {}).get("rows") or {}
+    if not isinstance(rows, Mapping):
+        raise UserError(f"tables.{table}.rows: expected a mapping of row to list of runs, got {rows!r}")
+    return {str(row): list(runs or []) for row, runs in rows.items()}
+
+
+def value(item: Record, column: str) -> float | None:
+    """A cell's value; None when it was not measured or is COCO's -1 (no such ground truth)."""
+    number = item.cells.get(column, {}).get("value")
+    if number is None:
+        return None
+    precision = column.split("_")[0] in ("box", "mask", "keypoint")
+    return None if precision and number < 0 else float(number)
