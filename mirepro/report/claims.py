@@ -123,11 +123,12 @@ def _pairs(better: list[metrics.Record], than: list[metrics.Record], column: str
 def _bootstrap(root: Path, profile: str, pairs: list[Pair], claim: Claim) -> tuple[float, float] | None:
     if claim.table != "T1" or not pairs or pairs[0][1].seed is None:
         return None
-    sides = [[_correct(root, profile, pair[side].run, claim.column) for pair in pairs] for side in (0, 1)]
-    better, worse = ([answer for answer in side if answer is not None] for side in sides)
-    if len(better) + len(worse) < 2 * len(pairs):
+    better = [_correct(root, profile, item.run, claim.column) for item, _, _, _ in pairs]
+    worse = [_correct(root, profile, other.run, claim.column) for _, other, _, _ in pairs]
+    known = [answers for answers in better + worse if answers is not None]
+    if len(known) < 2 * len(pairs):
         return None
-    return statistics.bootstrap(np.stack(better), np.stack(worse))
+    return statistics.bootstrap(np.stack(known[: len(pairs)]), np.stack(known[len(pairs) :]))
 
 
 def _correct(root: Path, profile: str, run: str, column: str) -> NDArray[np.bool_] | None:

@@ -24,7 +24,7 @@ def draw(name: str, size: tuple[float, float], paint: Callable[[Any], None]) -> 
     """Runs `paint(figure)` and returns an inline SVG element whose ids start with the name."""
     import matplotlib
 
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.hashsalt": "mirepro", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 10,
         "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": INK,

@@ -101,9 +101,7 @@ def short(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def shape(
-    box: Sequence[float], colour: str, mask: Any = None, keypoints: Sequence[float] | None = None
-) -> str:
+def shape(box: Sequence[float], colour: str, mask: Any = None, keypoints: Sequence[float] | None = None) -> str:
     """SVG elements of one object.
 
     Args:
@@ -138,6 +136,4 @@ def found(image: Mapping[str, Any]) -> str:
     """SVG elements of an image's detections."""
     count = len(image["boxes"])
     masks, keypoints = image.get("masks") or [None] * count, image.get("keypoints") or [None] * count
-    return "".join(
-        shape(image["boxes"][i], COLOURS[i % len(COLOURS)], masks[i], keypoints[i]) for i in range(count)
-    )
+    return "".join(shape(image["boxes"][i], COLOURS[i % len(COLOURS)], masks[i], keypoints[i]) for i in range(count))

@@ -72,9 +72,7 @@ def find(root: Path, name: str) -> Path:
     return root / name if (root / name).exists() else Path(__file__).resolve().parents[2] / name
 
 
-def make(
-    root: Path, profile: str, layout: Mapping[str, Any], name: str, published: Published
-) -> Table | None:
+def make(root: Path, profile: str, layout: Mapping[str, Any], name: str, published: Published) -> Table | None:
     """One table; None when it is not part of the profile."""
     if name == "T5":
         path = root / "metrics" / profile / "toy.json"

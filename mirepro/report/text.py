@@ -134,3 +134,15 @@ def read_pipe_table(markdown: str) -> list[list[str]]:
             break
     rows = [[part.strip() for part in line.strip().strip("|").split("|")] for line in lines]
     return [row for row in rows if set("".join(row)) - set("-: ")]
+
+
+def inline(markdown: str) -> str:
+    """Code spans and emphasis of one Markdown cell as HTML; everything else is escaped."""
+    import re
+
+    from markupsafe import Markup, escape
+
+    safe = str(escape(markdown))
+    safe = re.sub(r"`([^`]+)`", r"<code>\1</code>", safe)
+    safe = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", safe)
+    return Markup(safe)

@@ -1,0 +1,173 @@
+"""One self-contained page: `reports/<profile>/index.html`, byte-identical for equal inputs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mirepro import files
+from mirepro.errors import UserError
+from mirepro.report import claims, exhibits, tables, text
+
+LIMIT = 2_000_000
+EXPLANATIONS = {
+    "T1": "Frozen encoders on test images. Controls need no training; a row that does not beat them learned nothing.",
+    "T2": "Fine-tuned on scenes disjoint from pretraining. Every row has the same recipe and learning-rate grid.",
+    "T3": "The same models as the boxes.",
+    "T4": "OKS with the standard deviations stated in the protocol.",
+    "T5": "The exact value is known here, so the bias of every estimator can be read off. A ring may exceed it.",
+    "T6": "One run for each setting: where negatives come from. Nothing here supports a claim.",
+    "T7": "One run for each setting: which augmentations are on. Nothing here supports a claim.",
+}
+
+
+def build(
+    root: Path, profile: str, layout: Mapping[str, Any], key: Mapping[str, Any], view: Mapping[str, Any] | None
+) -> Path:
+    """Writes the page and returns its path.
+
+    Args:
+        root: Folder that holds metrics/, tables/, runs/, data/ and reports/.
+        profile: Name of the profile.
+        layout: The `tables` mapping of params.yaml.
+        key: Determinism key to print.
+        view: What differs between machines (environment, durations, lock hash): the page then goes to view/<profile>/.
+
+    Raises:
+        UserError: An input is missing or broken, or the page would exceed its size limit.
+    """
+    content = render(context(root, profile, layout, key, view))
+    if len(content.encode()) > LIMIT:
+        raise UserError(f"report: {len(content.encode())} bytes exceed {LIMIT}; show fewer images (report/exhibits.py)")
+    path = root / ("reports" if view is None else "view") / profile / "index.html"
+    files.write_text(path, content)
+    return path
+
+
+def context(
+    root: Path, profile: str, layout: Mapping[str, Any], key: Mapping[str, Any], view: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Everything the template shows."""
+    folder = root / "tables" / profile
+    made = {
+        name: files.read_json(folder / f"{name}.json") for name in tables.TITLES if _part(root, profile, layout, name)
+    }
+    for table in made.values():
+        tables.check(table)
+    judged = files.read_json(folder / "claims.json")
+    deviations = tables.find(root, "docs/deviations.md")
+    return {
+        "profile": profile,
+        "cards": cards(made, judged),
+        "tables": [present(table) for table in made.values()],
+        "published": any(published(table) for table in made.values()),
+        "judged": judged,
+        "verdicts": [(text.verdict(item), item["verdict"].replace(" ", "-")) for item in judged["claims"]],
+        "plots": exhibits.dots(root, profile, layout) if "T1" in made else [],
+        "curves": exhibits.curves(root, profile, layout),
+        "toy": exhibits.toy(root, profile),
+        "galleries": exhibits.galleries(root, profile, layout),
+        "samples": exhibits.samples(exhibits.split_of(root, layout, "images", "train")),
+        "scenes": exhibits.scenes(exhibits.split_of(root, layout, "scenes", "train")),
+        "detections": exhibits.detections(root, profile, layout),
+        "deviations": text.read_pipe_table(deviations.read_text(encoding="utf-8")) if deviations.exists() else [],
+        "key": flat(key),
+        "view": {title.replace("_", " "): flat(part) for title, part in (view or {}).items()},
+    }
+
+
+def _part(root: Path, profile: str, layout: Mapping[str, Any], name: str) -> bool:
+    """Whether a table belongs to the profile (the toy needs no layout)."""
+    return bool(layout.get(name)) or (name == "T5" and (root / "metrics" / profile / "toy.json").exists())
+
+
+def render(content: Mapping[str, Any]) -> str:
+    """Fills the template; every value is escaped unless the template says otherwise."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["inline"] = text.inline
+    return environment.get_template("page.html.j2").render(content).rstrip("\n") + "\n"
+
+
+def present(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table as the template wants it: texts, the best cell of each column marked, protocols by column."""
+    parts = []
+    for heading, columns in text.groups(table):
+        lines = [
+            {"row": row["row"], "note": row.get("note", ""), "cells": text.cells(row, columns)} for row in table["rows"]
+        ]
+        parts.append({"heading": heading, "head": [text.heading(c, table) for c in columns], "lines": lines})
+    name = table["table"]
+    return {
+        "name": name, "title": table["title"], "text": EXPLANATIONS.get(name, ""), "parts": parts,
+        "protocols": protocols(table),
+    }  # fmt: skip
+
+
+def protocols(table: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(columns, protocol): columns of equal protocol share a line; rows that deviate have their own."""
+    lines: dict[str, list[str]] = {}
+    for column in table["columns"]:
+        found: dict[str, list[str]] = {}
+        for row in table["rows"]:
+            cell = row["cells"][column]
+            if cell["protocol"]:
+                found.setdefault(cell["protocol"], []).append(row["row"])
+        for place, (protocol, rows) in enumerate(found.items()):
+            name = text.heading(column, table)
+            lines.setdefault(protocol, []).append(name if place == 0 else f"{name} [{', '.join(rows)}]")
+    return [("; ".join(names), protocol) for protocol, names in lines.items()]
+
+
+def published(table: Mapping[str, Any]) -> bool:
+    """Whether any cell stands beside a transcribed value."""
+    return any(cell["published"] is not None for row in table["rows"] for cell in row["cells"].values())
+
+
+def cards(made: Mapping[str, Any], judged: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The headline: (what, number, explanation)."""
+    verdicts = [item["verdict"] for item in judged["claims"]]
+    count = verdicts.count(claims.SUPPORTED)
+    open_ones = verdicts.count(claims.SEEDS)
+    rest = f"{verdicts.count(claims.REJECTED)} not supported" + (
+        f", {open_ones} without enough seeds" if open_ones else ""
+    )
+    result = [("Claims supported", f"{count} of {len(verdicts)}", rest)]
+    for name, column, what in (
+        ("T1", "linear_flat", "Linear top-1"),
+        ("T2", "box_AP50_tuned", "Box AP50"),
+        ("T3", "mask_AP50_tuned", "Mask AP50"),
+        ("T4", "keypoint_AP50_tuned", "Keypoint AP50"),
+    ):
+        if name in made and column in made[name]["columns"]:
+            result += best(made[name], column, what)
+    return result
+
+
+def best(table: Mapping[str, Any], column: str, what: str) -> list[tuple[str, str, str]]:
+    """The highest row trained without labels, beside the random and the supervised encoder."""
+    rows = {row["row"]: row["cells"][column] for row in table["rows"] if row["cells"][column]["mean"] is not None}
+    learned = {
+        row["row"]: rows[row["row"]]
+        for row in table["rows"]
+        if row["row"] in rows and row["row"] not in ("random", "supervised") and "control" not in row.get("note", "")
+    }
+    if not learned:
+        return []
+    top = max(learned, key=lambda row: learned[row]["mean"])
+    beside = [f"{row} {text.cell(rows[row], column)}" for row in ("random", "supervised") if row in rows]
+    explanation = f"highest row: {top}" + (f"; {', '.join(beside)}" if beside else "")
+    return [(f"{what} (%)", text.cell(learned[top], column), explanation)]
+
+
+def flat(values: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested plain values as (dotted key, text) pairs."""
+    if not isinstance(values, Mapping):
+        return [(prefix or "value", str(values))]
+    pairs: list[tuple[str, str]] = []
+    for name, value in values.items():
+        pairs += flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return pairs

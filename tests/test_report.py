@@ -1,0 +1,398 @@
+"""Tables, claims and page from a synthetic tree of metrics; every check has a control that must fail."""
+
+import io
+import json
+import math
+import re
+import shutil
+import struct
+import sys
+import types
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mirepro import files
+from mirepro.errors import UserError
+from mirepro.report import claims, page, pictures, statistics, tables, text
+
+SEEDED = {"ir": (34.0, 5), "ball": (35.0, 5), "ring": (36.0, 5), "la": (33.0, 5), "cmc": (38.0, 5),
+          "ir_nce": (33.5, 3), "cave": (34.4, 3), "cave_numerator": (30.3, 3), "cmc_nce": (36.0, 3),
+          "cmc_ball": (37.0, 3), "cmc_ring": (37.5, 3), "ball_annealed": (35.5, 3),
+          "random": (14.0, 5), "supervised": (61.0, 3)}  # fmt: skip
+DETECTED = ("random", "supervised", "ir", "ball", "ring", "la", "cmc")
+SETTINGS = {"T6": ("u=1", "u=.1", "u=.01"), "T7": ("all", "none")}
+LAYOUT = {
+    "T1": {"rows": {row: [f"{row}-s{seed}" for seed in range(n)] for row, (_, n) in SEEDED.items()}},
+    **{name: {"rows": {row: [f"{row}-s0"] for row in DETECTED}} for name in ("T2", "T3", "T4")},
+    **{name: {"rows": {row: [f"{name}-{row}-s0"] for row in rows}} for name, rows in SETTINGS.items()},
+}
+KEY = {"tier": "portable", "threads": 1, "isa": "avx2", "torch": "2.14.1"}
+
+
+def noise(*parts: object) -> float:
+    """A fixed number in [-1, 1) that depends on the parts only."""
+    return zlib.crc32(repr(parts).encode()) / 2**31 - 1
+
+
+def cells(unit: str, protocol: str, **values: float | None) -> dict:
+    return {name: {"value": value, "unit": unit, "protocol": protocol} for name, value in values.items()}
+
+
+def metrics_file(root: Path, stage: str, run: str, content: dict) -> None:
+    row, seed = run.rsplit("-s", 1)
+    head = {"schema": "mirepro.metrics/1", "stage": stage, "run": run, "row": row, "seed": int(seed), "detail": {}}
+    files.write_json(root / f"metrics/desk/{stage}/{run}.json", {**head, "cells": content})
+
+
+def write_run(root: Path, row: str, run: str, level: float) -> None:
+    top = level + noise(run)
+    columns = (*tables.ACCURACY[:2], *tables.ACCURACY[2:])
+    accuracy = {column: round(top - 1.3 * place, 3) for place, column in enumerate(columns)}
+    metrics_file(root, "evaluate", run, cells("%", "frozen encoder; L2 chosen on val from 7 values", **accuracy))
+    correct = np.array([noise(run, i) < accuracy["linear_flat"] / 50 - 1 for i in range(200)])
+    answers = {"linear_flat": np.packbits(correct).tobytes().hex(), "n": 200}
+    files.write_json(root / f"runs/desk/evaluate/{run}/test.json", answers)
+    if row in ("random", "supervised"):
+        return
+    nats = cells("nats", "training anchors", estimate=3 + noise(run, 1), cap=6.23, nce_at_equal_f=4.1, mi_views=2.2)
+    shares = cells("%", "last epoch", certified_share=0.0 if row == "ring" else None, fallback_share=None)
+    budget = cells("count", "whole run", images_seen=30720, parameters=312_000)
+    metrics_file(root, "pretrain", run, {**nats, **shares, **budget})
+    lines = [
+        {"epoch": e, "step": 24 * e, "loss": 5 - e / 3 + noise(run, e) / 9, "estimate": e / 3, "cap": 6.23,
+         "lr": 0.03, "knn1_val": 10 + 2 * e} for e in range(1, 11)
+    ]  # fmt: skip
+    path = root / f"runs/desk/pretrain/{run}/history.jsonl"
+    files.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_detection(root: Path, row: str, run: str) -> None:
+    level = {"random": 22.0, "supervised": 44.0}.get(row, 31.0)
+    for model, task in (("mask", "box"), ("mask", "mask"), ("keypoint", "keypoint")):
+        names = ["AP", "AP50", "AP75", "APl", "AR100"] + ([] if task == "keypoint" else ["APs"])
+        content = {f"{task}_{s}_{v}": (-1.0 if s == "APs" else level + 20 * (s == "AP50") + noise(run, s, v))
+                   for s in names for v in tables.VARIANTS}  # fmt: skip
+        path = root / f"metrics/desk/detect/{run}-{model}.json"
+        known = files.read_json(path)["cells"] if path.exists() else {}
+        metrics_file(root, "detect", f"{run}-{model}".replace(f"-{model}", ""), {})
+        (root / f"metrics/desk/detect/{run}.json").unlink()
+        merged = {**known, **cells("%", "torchvision recipe, lr from 3 values on val", **content)}
+        files.write_json(path, {"schema": "mirepro.metrics/1", "run": run, "row": row, "seed": 0, "cells": merged})
+    rle = {"size": [64, 64], "counts": [64 * 10 + 10, *([20, 44] * 20), 64 * 34 - 10]}
+    points = [12.0, 14.0, 2.0, 20.0, 20.0, 1.0, 0.0, 0.0, 0.0]
+    images = [{"index": i, "boxes": [[10, 10, 20, 20]], "scores": [0.91], "labels": [i % 3], "masks": [rle],
+               "keypoints": [points]} for i in range(12)]  # fmt: skip
+    for model in ("mask", "keypoint"):
+        files.write_json(root / f"runs/desk/detect/{run}-{model}/detections.json", {"split": "test", "images": images})
+
+
+def write_rest(root: Path) -> None:
+    rows = {name: cells("%", "no training", linear_flat=v, knn_1=v - 1) for name, v in
+            {"hog": 19.0, "pixels": 12.0, "colour": 1.2, "area_position": 1.4}.items()}  # fmt: skip
+    files.write_json(root / "metrics/desk/controls.json", {"schema": "mirepro.metrics/1", "rows": rows})
+    estimators = {"nce_16": -0.94, "nce_256": -0.18, "nce_4096": -0.02, "ball_.5": -0.79, "ball_.1": -2.2,
+                  "ball_.01": -3.9, "ring_1_.1": 1.18, "ring_.1_.01": -1.49}  # fmt: skip
+    cases = [{"d": d, "rho": 0.5, "mi": 0.1438 * d, "name": name, "value": 0.1438 * d + bias, "se": 0.004, "bias": bias,
+              "sd": 0.3 + bias / 20, "certified": bias < 0 if "r" in name else None}
+             for d in (5, 20) for name, bias in estimators.items()]  # fmt: skip
+    files.write_json(root / "metrics/desk/toy.json", {"schema": "mirepro.metrics/1", "detail": {"cases": cases}})
+    anchors = [
+        {"index": i, "ball": [i + 1, i + 9, i + 96, i + 4], "ring": [i + 7, i + 30, i + 50, i + 60]} for i in range(8)
+    ]
+    for run in ("ring-s0", "random-s0"):
+        files.write_json(root / f"runs/desk/evaluate/{run}/gallery.json", {"split": "train", "anchors": anchors})
+    for name in ("desk", "scenes"):
+        files.write_json(root / f"data/{name}/manifest.json", {})
+
+
+def fake_open(folder: Path, split: str) -> types.SimpleNamespace:
+    """Stands for `data.shards.open`: images with a gradient and a square."""
+    scenes, count = folder.name == "scenes", 120
+    size = 64 if scenes else 32
+    grid = np.arange(size)
+    images = np.zeros((count, 3, size, size), np.uint8)
+    for i in range(count):
+        images[i] = ((grid[:, None] * (i + 3) + grid[None] * 5)[None] + 60 * np.arange(3)[:, None, None]) % 256
+        images[i, i % 3, size // 4 : size // 2, size // 4 : size // 2] = 250
+    shape = {"bbox": [10.0, 10.0, 20.0, 20.0], "category": 1, "area": 400.0, "iscrowd": 0,
+             "segmentation": [[10, 10, 30, 10, 30, 30]], "keypoints": [12, 12, 2, 25, 14, 1]}  # fmt: skip
+    return types.SimpleNamespace(
+        name=folder.name, size=size, labels=np.arange(count) % 12, classes=[f"class {i}" for i in range(12)],
+        categories=["arrow", "flag", "key"], objects=[[shape]] * count, images=lambda size=None: images,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic tree of everything the report reads."""
+    root = tmp_path_factory.mktemp("report")
+    for row, (level, n) in SEEDED.items():
+        for seed in range(n):
+            write_run(root, row, f"{row}-s{seed}", level)
+    for row in DETECTED:
+        write_detection(root, row, f"{row}-s0")
+    for name, rows in SETTINGS.items():
+        for row in rows:
+            write_run(root, row, f"{name}-{row}-s0", 30.0)
+    write_rest(root)
+    return root
+
+
+@pytest.fixture
+def root(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the tree that a test may change; images come from `fake_open`."""
+    import mirepro.data
+
+    fake = types.ModuleType("mirepro.data.shards")
+    fake.open = fake_open  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mirepro.data.shards", fake)
+    monkeypatch.setattr(mirepro.data, "shards", fake, raising=False)
+    return Path(shutil.copytree(tree, tmp_path / "root"))
+
+
+def table(root: Path, name: str) -> dict:
+    return files.read_json(root / f"tables/desk/{name}.json")
+
+
+def row_of(content: dict, name: str) -> dict:
+    return next(row for row in content["rows"] if row["row"] == name)
+
+
+def verdicts(root: Path) -> dict[str, str]:
+    return {item["id"]: item["verdict"] for item in table(root, "claims")["claims"]}
+
+
+def set_cell(root: Path, run: str, column: str, value: float | None) -> None:
+    path = root / f"metrics/desk/evaluate/{run}.json"
+    content = files.read_json(path)
+    content["cells"][column]["value"] = value
+    files.write_json(path, content)
+
+
+def test_two_builds_are_byte_equal_and_other_numbers_are_not(root: Path) -> None:
+    def build() -> dict[str, bytes]:
+        tables.build(root, "desk", LAYOUT)
+        page.build(root, "desk", LAYOUT, KEY, None)
+        made = [*root.glob("tables/desk/*"), *root.glob("reports/desk/*")]
+        return {path.name: path.read_bytes() for path in made}
+
+    first = build()
+    shutil.rmtree(root / "tables")
+    shutil.rmtree(root / "reports")
+    assert build() == first
+    assert {f"T{i}.{kind}" for i in range(1, 8) for kind in ("json", "md")} <= set(first)
+    set_cell(root, "ir-s0", "linear_flat", 50.0)
+    changed = build()
+    assert changed["index.html"] != first["index.html"]
+    assert changed["T1.json"] != first["T1.json"]
+    assert changed["T2.json"] == first["T2.json"]
+
+
+def test_cells_hold_mean_and_sample_deviation(root: Path) -> None:
+    for seed, value in enumerate((30.0, 32.0, 34.0, 36.0, 38.0)):
+        set_cell(root, f"ir-s{seed}", "linear_flat", value)
+    tables.build(root, "desk", LAYOUT)
+    cell = row_of(table(root, "T1"), "ir")["cells"]["linear_flat"]
+    assert (cell["mean"], cell["n"], cell["unit"], cell["published"]) == (34.0, 5, "%", None)
+    assert cell["std"] == pytest.approx(math.sqrt(10))
+    assert text.cell(cell, "linear_flat") == "34.0 ± 3.2"
+
+
+def test_rows_keep_the_layouts_order_and_say_what_they_support(root: Path) -> None:
+    tables.build(root, "desk", LAYOUT)
+    rows = table(root, "T1")["rows"]
+    assert [row["row"] for row in rows] == [*SEEDED, "colour", "area_position", "pixels", "hog"]
+    notes = {row["row"]: row["note"] for row in rows}
+    assert notes["ir"] == ""
+    assert "no ordering claim" in notes["cave"]
+    assert "control" in notes["pixels"]
+    assert "supports no claim" in table(root, "T6")["rows"][0]["note"]
+
+
+def test_schema_accepts_what_is_built_and_refuses_a_broken_table(root: Path) -> None:
+    tables.build(root, "desk", LAYOUT)
+    for name in tables.TITLES:
+        tables.check(table(root, name))
+    broken = table(root, "T1")
+    broken["rows"][0]["cells"]["knn_1"]["mean"] = "35.1"
+    with pytest.raises(UserError, match=r"T1.*knn_1\.mean"):
+        tables.check(broken)
+    extra = table(root, "T1")
+    del extra["rows"][0]["cells"]["knn_1"]
+    with pytest.raises(UserError, match="not the table's columns"):
+        tables.check(extra)
+
+
+def test_absent_values_render_as_absent(root: Path) -> None:
+    set_cell(root, "ir-s3", "linear_flat", None)
+    tables.build(root, "desk", LAYOUT)
+    assert row_of(table(root, "T1"), "ir")["cells"]["linear_flat"]["n"] == 4
+    boxes = row_of(table(root, "T2"), "ir")["cells"]
+    assert boxes["box_APs_tuned"]["mean"] is None
+    assert text.cell(boxes["box_APs_tuned"], "box_APs_tuned") == "n/a"
+    assert boxes["box_AP_tuned"]["mean"] is not None
+    assert "| n/a |" in (root / "tables/desk/T2.md").read_text()
+    assert "-1.0" not in (root / "tables/desk/T2.md").read_text()
+
+
+def test_published_values_stand_beside_and_empty_ones_do_not(root: Path) -> None:
+    path = root / "published/desk.csv"
+    head = "paper,version,table,row,column,value,unit,page,transcribed_by,pdf_sha256\n"
+    files.write_text(path, head + "p,1,2,ir,linear_flat,47.5,%,4,x,00\np,1,2,ball,linear_flat,,%,4,x,00\n")
+    tables.build(root, "desk", LAYOUT)
+    content = table(root, "T1")
+    assert row_of(content, "ir")["cells"]["linear_flat"]["published"] == 47.5
+    assert row_of(content, "ball")["cells"]["linear_flat"]["published"] is None
+    assert "(published 47.5)" in (root / "tables/desk/T1.md").read_text()
+    files.write_text(path, head + "p,1,2,ir,linear_flat,about 47,%,4,x,00\n")
+    with pytest.raises(UserError, match=r"desk\.csv"):
+        tables.build(root, "desk", LAYOUT)
+
+
+def test_committed_published_values_are_readable() -> None:
+    for path in Path("published").glob("*.csv"):
+        head = path.read_text().splitlines()[0]
+        assert head == "paper,version,table,row,column,value,unit,page,transcribed_by,pdf_sha256"
+        tables.read_published(path)
+
+
+def test_missing_metrics_name_the_file(root: Path) -> None:
+    (root / "metrics/desk/evaluate/ball-s2.json").unlink()
+    with pytest.raises(UserError, match=r"ball-s2\.json"):
+        tables.build(root, "desk", LAYOUT)
+
+
+def test_holm_by_hand() -> None:
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert statistics.holm([0.01, 0.04]) != pytest.approx([0.02, 0.08])  # Bonferroni would be wrong
+
+
+def test_paired_t_by_hand() -> None:
+    differences = [1.0, 2.0, 3.0, 4.0, 5.0]  # t = 3 / (sqrt(2.5) / sqrt(5)) = 4.2426 on 4 degrees of freedom
+    assert statistics.one_sided(differences) == pytest.approx(0.00662, abs=1e-5)
+    assert statistics.one_sided([-d for d in differences]) == pytest.approx(1 - 0.00662, abs=1e-5)
+    assert statistics.one_sided([-0.5] * 4 + [-0.4], margin=1.0) < 0.05 < statistics.one_sided([-0.5] * 4 + [-0.4])
+    assert statistics.one_sided([1.0, 1.0]) == 0.0
+    low, high = statistics.interval(differences) or (0, 0)
+    assert (low, high) == pytest.approx((3 - 2.776445 * math.sqrt(0.5), 3 + 2.776445 * math.sqrt(0.5)), abs=1e-5)
+
+
+def test_bootstrap_covers_the_difference() -> None:
+    index = np.arange(1000)
+    better, worse = np.stack([index % 10 < 6] * 2), np.stack([index % 10 < 4] * 2)
+    low, high = statistics.bootstrap(better, worse)
+    assert 15 < low < 20 < high < 25
+    assert statistics.bootstrap(better, worse) == (low, high)
+    assert statistics.bootstrap(better, better) == (0.0, 0.0)
+
+
+def test_verdicts_follow_the_data(root: Path) -> None:
+    tables.build(root, "desk", LAYOUT)
+    before = verdicts(root)
+    assert before["ir-random"] == before["ring-ball"] == claims.SUPPORTED
+    for seed in range(5):
+        set_cell(root, f"ir-s{seed}", "linear_flat", 13.0 + seed / 10)
+    tables.build(root, "desk", LAYOUT)
+    after = verdicts(root)
+    assert after["ir-random"] == claims.REJECTED
+    assert after["ring-random"] == claims.SUPPORTED
+    set_cell(root, "ir-s4", "linear_flat", None)
+    tables.build(root, "desk", LAYOUT)
+    assert verdicts(root)["ir-random"] == claims.SEEDS
+
+
+def test_claims_file_is_checked(tmp_path: Path) -> None:
+    good = claims.PATH.read_text()
+    assert {claim.id for claim in claims.load().claims} >= {"ir-random", "ring-ball", "ball-ir"}
+    for change, message in (
+        (("than: pixels", "then: pixels"), "then"),
+        (("margin: 1.0", "margin: -1.0"), "negative"),
+        (("id: ball-random", "id: ir-random"), "share an id"),
+        (("alpha: 0.05", "alpha: 5"), "alpha"),
+    ):
+        path = tmp_path / "claims.yaml"
+        path.write_text(good.replace(*change))
+        with pytest.raises(UserError, match=message):
+            claims.load(path)
+
+
+def test_page_is_self_contained_and_complete(root: Path) -> None:
+    tables.build(root, "desk", LAYOUT)
+    path = page.build(root, "desk", LAYOUT, KEY, None)
+    content = path.read_text()
+    assert path == root / "reports/desk/index.html"
+    assert len(content.encode()) < page.LIMIT
+    assert not foreign(content)
+    assert foreign('<img src="https://example.org/a.png">')
+    assert foreign("<style>a{background:url(http://x/y)}</style>")
+    assert "<script" not in content
+    for part in ("claims", "T1", "T5", "T7", "curves", "neighbours", "detections", "data", "deviations", "key"):
+        assert f'id="{part}"' in content, part
+    ids = re.findall(r'\bid="([^"]+)"', content)
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r'href="#([^"]+)"', content)) | set(re.findall(r"url\(#([^)]+)\)", content))
+    assert used <= set(ids)
+    assert not re.search(r"\b20[2-9]\d-\d\d-\d\d\b", content)
+
+
+def foreign(content: str) -> list[str]:
+    """References to anything outside the page."""
+    return re.findall(r"""(?:src|href|url|@import)\s*[=(]?\s*["']?\s*(?:https?:)?//[^"')]+""", content)
+
+
+def test_view_goes_elsewhere_and_holds_what_varies(root: Path) -> None:
+    tables.build(root, "desk", LAYOUT)
+    view = {"environment": {"host": "box-17"}, "durations": {"pretrain": {"ir-s0": "31 s"}}, "lock_hash": "abc123"}
+    path = page.build(root, "desk", LAYOUT, KEY, view)
+    assert path == root / "view/desk/index.html"
+    assert all(word in path.read_text() for word in ("box-17", "pretrain.ir-s0", "abc123"))
+    assert "box-17" not in page.build(root, "desk", LAYOUT, KEY, None).read_text()
+
+
+def test_page_of_a_profile_without_most_parts(root: Path) -> None:
+    for name in ("toy.json", "controls.json"):
+        (root / "metrics/desk" / name).unlink()
+    shutil.rmtree(root / "data")
+    layout = {"T1": {"rows": {"ir": ["ir-s0"]}}}
+    shutil.rmtree(root / "runs")
+    tables.build(root, "desk", layout)
+    content = page.build(root, "desk", layout, KEY, None).read_text()
+    assert 'id="T1"' in content
+    assert 'id="T2"' not in content
+    assert "not enough seeds" in content
+
+
+def test_values_are_escaped(root: Path) -> None:
+    tables.build(root, "desk", LAYOUT)
+    content = page.build(root, "desk", LAYOUT, {"cpu": "<b>&"}, None).read_text()
+    assert "&lt;b&gt;&amp;" in content
+    assert "<b>&" not in content
+
+
+def test_png_is_stored_and_reads_back() -> None:
+    from PIL import Image
+
+    image = np.arange(3 * 150 * 160, dtype=np.uint32).astype(np.uint8).reshape(3, 150, 160)
+    content = pictures.png(image)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))).transpose(2, 0, 1), image)
+    start = content.index(b"IDAT") + 4
+    assert struct.unpack("<BHH", content[start + 2 : start + 7]) == (0, 65535, 0)  # a stored block, not the last
+    assert len(content) > image.size
+
+
+def test_masks_agree_with_pycocotools() -> None:
+    coco = pytest.importorskip("pycocotools.mask")
+    mask = np.zeros((40, 50), np.uint8)
+    mask[3:17, 5:31] = 1
+    mask[10:30, 20:24] ^= 1
+    rle = coco.encode(np.asfortranarray(mask))
+    decoded = pictures.decode_rle({"size": rle["size"], "counts": rle["counts"].decode()})
+    assert np.array_equal(decoded, mask.astype(bool))
+    path = pictures.mask_path(decoded)
+    runs = re.findall(r"M(\d+) (\d+)h(\d+)v1H(\d+)z", path)
+    assert sum(int(run[2]) for run in runs) == mask.sum()
+    assert all(mask[int(y), int(x)] for x, y, _, _ in runs)
