@@ -19,7 +19,7 @@ KINDS = ("flat", "pool")
 
 @torch.no_grad()
 def features(model: Ensemble, rgb: Tensor) -> dict[str, Tensor]:
-    """RGB in [0, 1] `(N, 3, S, S)` -> `flat` `(N, F h w)`, `pool` `(N, F)` and the embedding `z` `(N, D)`, unit rows."""
+    """RGB in [0, 1] `(N, 3, S, S)` -> `flat` `(N, F h w)`, `pool` `(N, F)` and unit embeddings `z` `(N, D)`."""
     rows: dict[str, list[Tensor]] = {"flat": [], "pool": [], "z": []}
     for piece in rgb.split(256):
         inputs = views.modalities(piece, model.modalities)

@@ -1,0 +1,425 @@
+"""The invariants of the objectives, against float64 formulas; each has a control that must fail."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from mirepro import objectives, rng
+from mirepro.bank import MemoryBank
+from mirepro.errors import UserError
+from mirepro.objectives.base import Step
+from mirepro.objectives.regions import ranks
+
+N, D, B = 200, 16, 12
+CONTRASTIVE = [name for name in objectives.names() if name not in ("supervised", "random")]
+SAMPLED = [name for name in CONTRASTIVE if name not in ("la",)]
+
+
+def unit(seed: int, n: int, d: int = D) -> torch.Tensor:
+    x = rng.normal(seed, rng.Stream.TOY, 0, np.arange(n), d)
+    return torch.from_numpy((x / np.sqrt((x * x).sum(1, keepdims=True))).astype(np.float32))
+
+
+def setting(modalities=("rgb",), n: int = N, d: int = D, seed: int = 0):
+    banks = {m: MemoryBank(n, d, seed=seed, modality=i) for i, m in enumerate(modalities)}
+    z = {m: unit(seed + 100 + i, B, d) for i, m in enumerate(modalities)}
+    index = torch.from_numpy(rng.permutation(seed, rng.Stream.ORDER, 0, n)[:B].copy())
+    return z, banks, index
+
+
+def ready(name: str, banks, **options):
+    objective = objectives.create(name, {"k": 17} | options)
+    objective.check(next(iter(banks.values())).size, next(iter(banks.values())).rows.shape[1])
+    objective.refresh(banks, 0, 0)
+    return objective
+
+
+def terms(objective, z, banks, index, step=None):
+    step = step or Step(0, 3, 10, 1, 2)
+    return [objective.terms(q) for q in objective.queries(z, banks, index, step)]
+
+
+def test_ball_of_everything_is_ir_bit_for_bit():
+    z, banks, index = setting()
+    ir = terms(ready("ir", banks), z, banks, index)[0].loss
+    assert torch.equal(ir, terms(ready("ball", banks, outer=1.0), z, banks, index)[0].loss)
+    assert not torch.equal(ir, terms(ready("ball", banks, outer=0.9), z, banks, index)[0].loss)
+
+
+def test_ring_without_inner_part_is_ball_bit_for_bit():
+    z, banks, index = setting()
+    ball = terms(ready("ball", banks, outer=0.3), z, banks, index)[0].loss
+    assert torch.equal(ball, terms(ready("ring", banks, outer=0.3, inner=0.0), z, banks, index)[0].loss)
+    assert not torch.equal(ball, terms(ready("ring", banks, outer=0.3, inner=0.2), z, banks, index)[0].loss)
+
+
+def enumerated(z, bank, index, k, low, high, tau=0.07):
+    """log((e^{f_ii} + (k - 1) mean_region e^f) / k) - f_ii in float64."""
+    f = z.double() @ bank.double().T / tau
+    own = f.gather(1, index[:, None])[:, 0]
+    region = f.sort(1, descending=True).values[:, low:high]
+    mean = torch.logsumexp(region, 1) - math.log(high - low)
+    return torch.logaddexp(own, mean + math.log(k - 1)) - math.log(k) - own
+
+
+def test_the_enumerated_loss_grows_as_u_shrinks_and_ring_estimates_exceed_ball():
+    z, banks, index = setting()
+    losses = [enumerated(z["rgb"], banks["rgb"].rows, index, 17, 0, high) for high in (200, 100, 40, 20, 2)]
+    for wide, narrow in itertools.pairwise(losses):
+        assert (narrow >= wide - 1e-12).all()
+    ring = enumerated(z["rgb"], banks["rgb"].rows, index, 17, 4, 40)
+    assert (-ring >= -losses[2] - 1e-12).all()
+    assert not (losses[0] >= losses[1]).all()
+
+
+@pytest.mark.parametrize("name", ["ir", "ball", "ring", "cave", "cmc", "cmc_ball", "cmc_ring"])
+def test_estimates_stay_below_their_cap(name):
+    objective = objectives.create(name, {"k": 17})
+    _, banks, index = setting(objective.modalities)
+    perfect = {m: banks[o].rows[index] for (m, o) in objective.pairs()}
+    objective = ready(name, banks)
+    for t in terms(objective, perfect, banks, index):
+        assert float(t.estimate.max()) <= objective.cap(N) + 1e-5
+    assert objective.cap(N) == pytest.approx(math.log(17))
+    assert objective.cap(5) == pytest.approx(math.log(5))
+
+
+def test_ir_estimate_is_the_sampled_cross_entropy():
+    z, banks, index = setting()
+    objective = ready("ir", banks)
+    t = terms(objective, z, banks, index)[0]
+    rows = torch.cat([index[:, None], t.negatives], 1)
+    f = (z["rgb"].double()[:, None] * banks["rgb"].rows.double()[rows]).sum(2) / 0.07
+    expected = torch.logsumexp(f, 1) - f[:, 0] - math.log(17)
+    assert torch.allclose(t.loss.double(), expected, atol=1e-4)
+    words = rng.words(0, rng.Stream.NEGATIVE, 3, index.numpy(), 16)
+    assert np.array_equal(t.negatives.numpy(), rng.mulhi(words, N))
+
+
+def test_cave_with_the_innermost_ranks_as_mates_is_ring_and_with_itself_is_ball_exclude():
+    z, banks, index = setting()
+    bank = banks["rgb"].rows
+    cave = ready("cave", banks, outer=0.3)
+    order = (z["rgb"] @ bank.T).argsort(1, descending=True)
+    for i in range(B):
+        one = {"rgb": z["rgb"][i : i + 1]}
+        own = order[i, 0][None]  # the anchor's own row is its nearest, so that C_i are the ranks [0, 6)
+        labels = torch.arange(N)
+        labels[order[i, :6]] = int(own)
+        cave.labels = {"rgb": labels[None]}
+        ring = terms(ready("ring", banks, outer=0.3, inner=0.1), one, banks, own)[0].loss
+        assert torch.equal(ring, terms(cave, one, banks, own)[0].loss)
+    cave.labels = {"rgb": torch.arange(N)[None]}
+    ball = ready("ball", banks, outer=0.3, own_row="exclude")
+    assert torch.equal(terms(ball, z, banks, index)[0].loss, terms(cave, z, banks, index)[0].loss)
+
+
+def test_cave_falls_back_when_the_region_is_empty():
+    z, banks, index = setting()
+    cave = ready("cave", banks)
+    query = cave.queries(z, banks, index, Step(0, 3, 10))[0]
+    assert cave.fallbacks(query) == 0
+    cave.labels = {"rgb": torch.zeros(1, N, dtype=torch.int64)}
+    assert cave.fallbacks(query) == 1
+    assert torch.isfinite(terms(cave, z, banks, index)[0].loss).all()
+
+
+def la(banks, labels, **options):
+    objective = ready("la", banks, **options)
+    objective.labels = {"rgb": labels}
+    return objective
+
+
+def late() -> Step:
+    return Step(0, 9, 10, 1, 2)
+
+
+def test_la_equals_the_enumerated_softmaxes():
+    z, banks, index = setting()
+    f = z["rgb"].double() @ banks["rgb"].rows.double().T / 0.07
+    own = f.gather(1, index[:, None])[:, 0]
+    alone = torch.arange(N)[None]
+    full = terms(la(banks, alone, outer=1.0), z, banks, index, late())[0].loss
+    assert torch.allclose(full.double(), torch.logsumexp(f, 1) - own, atol=1e-4)
+    narrow = terms(la(banks, alone, background=20, outer=1.0), z, banks, index, late())[0].loss
+    expected = []
+    for i in range(B):
+        order = f[i].argsort(descending=True)[:20].tolist()
+        members = order if int(index[i]) in order else [*order[:-1], int(index[i])]
+        expected.append(torch.logsumexp(f[i, members], 0) - own[i])
+    assert torch.allclose(narrow.double(), torch.stack(expected), atol=1e-4)
+    everyone = torch.zeros(1, N, dtype=torch.int64)
+    assert terms(la(banks, everyone), z, banks, index, late())[0].loss.abs().max() < 1e-5
+    assert full.abs().max() > 1e-2
+
+
+def test_more_clusterings_never_raise_la():
+    z, banks, index = setting()
+    first, second = (torch.from_numpy(rng.mulhi(rng.words(s, 7, 0, np.arange(N), 1)[:, 0], 10)) for s in (1, 2))
+    one = terms(la(banks, first[None]), z, banks, index, late())[0].loss
+    two = terms(la(banks, torch.stack([first, second])), z, banks, index, late())[0].loss
+    assert (two <= one + 1e-6).all()
+    assert (two < one - 1e-3).any()
+
+
+def test_la_warms_up_with_ir_nce():
+    z, banks, index = setting()
+    early = Step(0, 0, 10, 0, 10)
+    warm = terms(la(banks, torch.arange(N)[None]), z, banks, index, early)[0].loss
+    assert torch.equal(warm, terms(ready("ir_nce", banks), z, banks, index, early)[0].loss)
+    assert not torch.equal(warm, terms(la(banks, torch.arange(N)[None]), z, banks, index, late())[0].loss)
+
+
+@pytest.mark.parametrize("name", ["ir", "ball", "ring", "cmc", "cmc_ball", "cmc_ring"])
+def test_identical_rows_give_log_k(name):
+    objective = objectives.create(name, {"k": 17})
+    z, banks, index = setting(objective.modalities)
+    for bank in banks.values():
+        bank.rows[:] = bank.rows[0].clone()
+    objective = ready(name, banks)
+    loss = float(objective(z, banks, index, Step(0, 0, 10)).loss)
+    assert loss + len(objective.pairs()) * math.log(17) == pytest.approx(
+        len(objective.pairs()) * math.log(17), abs=1e-4
+    )
+
+
+def test_identical_rows_give_la_the_ratio_of_its_sets():
+    z, banks, index = setting()
+    banks["rgb"].rows[:] = banks["rgb"].rows[0].clone()
+    labels = (torch.arange(N) // 10)[None]
+    loss = terms(la(banks, labels, outer=1.0), z, banks, index, late())[0].loss
+    assert torch.allclose(loss, torch.full((B,), -math.log(10 / N)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ir", "ball", "ring"])
+def test_a_high_temperature_gives_log_k_and_a_low_one_does_not_underflow(name):
+    z, banks, index = setting()
+    hot = ready(name, banks, tau=1e6)
+    assert float(hot(z, banks, index, Step(0, 0, 10)).loss) == pytest.approx(0, abs=1e-4)
+    cold = terms(ready(name, banks, tau=0.01), z, banks, index)[0].loss
+    assert torch.isfinite(cold).all()
+    assert cold.abs().max() > 1
+
+
+def test_one_hot_bank_has_its_closed_form():
+    banks = {"rgb": MemoryBank(N, N, seed=0)}
+    banks["rgb"].rows = torch.eye(N)
+    index = torch.arange(B)
+    objective = ready("ir", banks, tau=0.5)
+    t = terms(objective, {"rgb": torch.eye(N)[:B]}, banks, index)[0]
+    copies = (t.negatives == index[:, None]).sum(1).double()
+    expected = torch.log((1 + copies) + (16 - copies) * math.exp(-2)) - math.log(17)
+    assert torch.allclose(t.loss.double(), expected, atol=1e-5)
+
+
+def test_ir_nce_by_hand():
+    z, banks, index = setting()
+    objective = ready("ir_nce", banks)
+    t = terms(objective, z, banks, index)[0]
+    rows = torch.cat([index[:, None], t.negatives], 1)
+    e = torch.exp((z["rgb"].double()[:, None] * banks["rgb"].rows.double()[rows]).sum(2) / 0.07)
+    p, c = e / (e.mean() * N), 17 / N
+    expected = -torch.log(p[:, 0] / (p[:, 0] + c)) - torch.log(c / (p[:, 1:] + c)).sum(1)
+    assert torch.allclose(t.loss.double(), expected, rtol=1e-4)
+    with pytest.raises(UserError, match="normaliser"):
+        ready("ir_nce", banks, normaliser="lemniscate")
+
+
+@pytest.mark.parametrize("name", CONTRASTIVE)
+def test_gradients_match_finite_differences_and_stop_at_the_bank(name):
+    objective = objectives.create(name, {"k": 17})
+    z, banks, index = setting(objective.modalities)
+    step = late()
+    everything = {"outer": 1.0} if name == "la" else {}  # else a moved anchor would change its own region
+    for objective_labels in (None, (torch.arange(N) // 5)[None]):
+        objective = ready(name, banks, **everything)
+        if objective_labels is not None:
+            objective.labels = dict.fromkeys(banks, objective_labels)
+        leaf = {m: value.clone().requires_grad_() for m, value in z.items()}
+        objective(leaf, banks, index, step).loss.backward()
+        modality = objective.modalities[0]
+        direction = unit(77, B)
+        eps = 1e-2
+        shifted = []
+        for sign in (1, -1):
+            moved = dict(z) | {modality: z[modality] + sign * eps * direction}
+            fixed = _fixed_draws(objective, z, banks, index, step, moved)
+            shifted.append(fixed)
+        numeric = (shifted[0] - shifted[1]) / (2 * eps)
+        exact = float((leaf[modality].grad.double() * direction.double()).sum())
+        assert exact == pytest.approx(numeric, rel=2e-2, abs=2e-3)
+        assert all(bank.rows.grad is None and not bank.rows.requires_grad for bank in banks.values())
+
+
+def _fixed_draws(objective, z, banks, index, step, moved) -> float:
+    """Loss at `moved` embeddings with the draws selected at `z`: no gradient flows through the selection."""
+    total = 0.0
+    queries = zip(objective.queries(z, banks, index, step), objective.queries(moved, banks, index, step), strict=True)
+    for here, there in queries:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(objective, "draw", lambda _, count, q=here: type(objective).draw(objective, q, count))
+            total += float(objective.terms(there).loss.double().mean())
+    return total
+
+
+@pytest.mark.parametrize("name", ["cmc", "cmc_ball", "cmc_ring", "cmc_nce"])
+def test_cmc_is_symmetric_under_swapping_modalities_with_banks(name):
+    objective = objectives.create(name, {"k": 17})
+    z, banks, index = setting(objective.modalities)
+    loss = ready(name, banks)(z, banks, index, Step(0, 0, 10)).loss
+    swapped_z, swapped = {"L": z["ab"], "ab": z["L"]}, {"L": banks["ab"], "ab": banks["L"]}
+    other = ready(name, swapped)(swapped_z, swapped, index, Step(0, 0, 10)).loss
+    assert float(loss) == pytest.approx(float(other), rel=1e-6)
+    same = ready(name, banks)(swapped_z, banks, index, Step(0, 0, 10)).loss
+    assert float(loss) != pytest.approx(float(same), rel=1e-6)
+
+
+def test_cmc_shares_its_index_set_between_the_directions():
+    z, banks, index = setting(("L", "ab"))
+    left, right = terms(ready("cmc", banks), z, banks, index)
+    assert torch.equal(left.negatives, right.negatives)
+    left, right = terms(ready("cmc_ball", banks), z, banks, index)
+    assert not torch.equal(left.negatives, right.negatives)
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(0.1, 0.0), (0.3, 0.1), (1.0, 0.5)])
+def test_every_draw_has_its_rank_and_all_members_are_equally_likely(outer, inner):
+    z, banks, index = setting()
+    objective = ready("ring", banks, outer=outer, inner=inner, k=2)
+    low, high = ranks(outer, inner, N)
+    order = (z["rgb"].double() @ banks["rgb"].rows.double().T).argsort(1, descending=True)
+    rank = order.argsort(1)
+    counts = np.zeros(high - low)
+    for step in range(40):
+        q = objective.queries(z, banks, index, Step(0, step, 100))[0]
+        drawn = rank.gather(1, objective.draw(q, 64))
+        assert int(drawn.min()) >= low
+        assert int(drawn.max()) < high
+        counts += np.bincount((drawn - low).flatten().numpy(), minlength=high - low)
+    assert counts.min() > 0
+    assert stats.chisquare(counts).pvalue > 1e-3
+    skewed = counts.copy()
+    skewed[0] = 0
+    assert stats.chisquare(skewed * counts.sum() / skewed.sum()).pvalue < 1e-3
+
+
+def test_region_sizes_are_fractions_of_the_bank():
+    assert ranks(0.1, 0.0, 50_000) == (0, 5_000)
+    assert ranks(0.1, 0.1, 1_281_167) == (12_811, 128_116)
+    assert ranks(0.1, 0.01, 50_000, relative=False) == (500, 5_000)
+    assert ranks(0.29, 0.0, 100) == (0, 29)  # 0.29 * 100 is 28.999... in binary floating point
+
+
+def test_rotation_and_relabelling_leave_the_enumerated_losses():
+    z, banks, index = setting()
+    rotation, _ = torch.linalg.qr(unit(5, D).double())
+    labels = (torch.arange(N) // 5)[None]
+    before = terms(la(banks, labels, outer=1.0), z, banks, index, late())[0].loss
+    turned = {"rgb": MemoryBank(N, D, seed=0)}
+    turned["rgb"].rows = (banks["rgb"].rows.double() @ rotation).float()
+    moved = {"rgb": (z["rgb"].double() @ rotation).float()}
+    after = terms(la(turned, labels, outer=1.0), moved, turned, index, late())[0].loss
+    assert torch.allclose(before, after, atol=1e-3)
+    order = torch.from_numpy(rng.permutation(3, 3, 0, N).copy())
+    mixed = {"rgb": MemoryBank(N, D, seed=0)}
+    mixed["rgb"].rows = banks["rgb"].rows[order]
+    where = order.argsort()
+    relabelled = terms(la(mixed, (torch.arange(N) // 5)[order][None], outer=1.0), z, mixed, where[index], late())[
+        0
+    ].loss
+    assert torch.allclose(before, relabelled, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_an_anchor_does_not_depend_on_its_batch_mates_and_draws_on_coordinates_only(name):
+    objective = objectives.create(name, {"k": 17})
+    z, banks, index = setting(objective.modalities)
+    objective = ready(name, banks)
+    together = terms(objective, z, banks, index)
+    half = {m: value[5:] for m, value in z.items()}
+    alone = terms(objective, half, banks, index[5:])
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(a.negatives[5:], b.negatives)
+        assert torch.allclose(a.loss[5:], b.loss, rtol=1e-5)
+    later = terms(objective, z, banks, index, Step(0, 4, 10, 1, 2))
+    assert not torch.equal(together[0].negatives, later[0].negatives)
+    other = terms(objective, z, banks, index, Step(1, 3, 10, 1, 2))
+    assert not torch.equal(together[0].negatives, other[0].negatives)
+
+
+def test_annealing_starts_at_everything_falls_and_ends_at_the_final_value():
+    objective = objectives.create("ball", {"outer": 0.1, "annealed": True})
+    highs = [objective.region(1000, Step(0, s, 100))[1] for s in range(100)]
+    assert highs[0] == 1000
+    assert highs[50] == highs[99] == 100
+    assert all(a >= b for a, b in itertools.pairwise(highs))
+    constant = objectives.create("ball", {"outer": 0.1})
+    assert constant.region(1000, Step(0, 0, 100))[1] == 100
+
+
+def test_bank_rules():
+    banks = MemoryBank(N, D, seed=0)
+    assert torch.allclose(banks.rows.norm(dim=1), torch.ones(N), atol=1e-6)
+    before = banks.rows.clone()
+    z, index = unit(1, B), torch.arange(B)
+    banks.update(index, z, 1.0)
+    assert torch.equal(before, banks.rows)
+    banks.update(index, z, 0.0)
+    assert torch.equal(banks.rows[:B], z)
+    assert torch.equal(banks.rows[B:], before[B:])
+    banks.update(torch.tensor([7, 7]), z[:2], 0.5)
+    once = torch.nn.functional.normalize(0.5 * z[7] + 0.5 * z[0], dim=0)
+    twice = torch.nn.functional.normalize(0.5 * once + 0.5 * z[1], dim=0)
+    assert torch.allclose(banks.rows[7], twice, atol=1e-6)
+    assert not torch.allclose(banks.rows[7], once, atol=1e-3)
+
+
+def test_updating_before_the_loss_is_visible():
+    z, banks, index = setting()
+    objective = ready("ir", banks)
+    honest = terms(objective, z, banks, index)[0].estimate
+    objective.update(banks, z, index)
+    leaked = terms(objective, z, banks, index)[0].estimate
+    assert float(leaked.min()) > float(honest.max())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "key"),
+    [
+        ("ball", {"outer": 0}, "outer"),
+        ("ball", {"outer": 1.5}, "outer"),
+        ("ring", {"inner": 1}, "inner"),
+        ("ring", {"inner": 1.0}, "inner"),
+        ("ir", {"k": 1}, "k"),
+        ("ir", {"tau": 0}, "tau"),
+        ("ir", {"temperature": 0.1}, "temperature"),
+        ("ir", {"momentum": 2}, "momentum"),
+        ("la", {"n_clusters": 0}, "n_clusters"),
+        ("ir", {"own_row": "drop"}, "own_row"),
+        ("nothing", {}, "nothing"),
+    ],
+)
+def test_impossible_options_are_refused_by_name(name, options, key):
+    with pytest.raises(UserError, match=key):
+        objectives.create(name, options)
+
+
+def test_an_empty_region_is_refused_and_an_oversampled_one_warned_about():
+    with pytest.raises(UserError, match="outer"):
+        objectives.create("ball", {"outer": 0.001}).check(100, D)
+    assert objectives.create("ball", {"k": 50}).check(100, D)
+    assert not objectives.create("ball", {"k": 5}).check(100, D)
+
+
+def test_without_the_own_row_nothing_is_claimed_unless_drawn_without_replacement():
+    z, banks, index = setting()
+    assert terms(ready("ir", banks, own_row="exclude"), z, banks, index)[0].estimate is None
+    without = ready("ir", banks, own_row="exclude", replacement=False)
+    t = terms(without, z, banks, index)[0]
+    assert t.estimate is not None
+    assert all(len(set(row.tolist())) == 16 for row in t.negatives)
+    assert not (t.negatives == index[:, None]).any()
