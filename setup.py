@@ -8,7 +8,7 @@ import pybind11
 from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-# Contraction would fuse a*b+c by the compiler's whim and break bit equality; -march=native would tie the file to one CPU.
+# Contraction would fuse a*b+c by the compiler's whim and break bit equality; -march=native ties the file to one CPU.
 FLAGS = ["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 STABLE = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 

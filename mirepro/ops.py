@@ -7,6 +7,7 @@ descending, ties by lower index. No operator holds a B x N or B x K x D buffer. 
 `mirepro.reference` states every operator again, slowly, in float64.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +277,10 @@ def _register_fakes() -> None:
         pair = [nce(z, z, z, 1.0, rest[-1]) for _ in range(2)]
         return pair[0][0], pair[1][0], pair[0][1], pair[1][1]
 
-    fakes = {
+    def nothing(*_: Any) -> None:
+        return None
+
+    fakes: dict[str, Callable[..., Any]] = {
         "neighbors": best,
         "region_thresholds": lambda z, *_: z.new_empty((z.shape[0], 2)),
         "region_size": size,
@@ -285,7 +289,7 @@ def _register_fakes() -> None:
         "gather_nce": nce,
         "gather_dot": lambda z, _bank, index: z.new_empty(index.shape),
         "gather_dot_backward": lambda grad, bank, _index: grad.new_empty((grad.shape[0], bank.shape[1])),
-        "bank_update_": lambda *_: None,
+        "bank_update_": nothing,
         "bank_assign": size,
     }
     for name, fake in fakes.items():

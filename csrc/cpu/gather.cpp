@@ -27,9 +27,10 @@ struct Gather {
 
   /// Called where a result is not finite: names the row at fault.
   [[noreturn]] void blame(int64_t i) const {
-    for (int64_t t = 0; t < index.cols; ++t)
-      for (int64_t d = 0; d < bank.cols; ++d)
-        require(std::isfinite(bank.row(index.row(i)[t])[d]), "bank: row " + std::to_string(index.row(i)[t]) + " holds NaN or inf");
+    for (int64_t t = 0; t < index.cols; ++t) {
+      const int64_t row = index.row(i)[t];
+      if (!is_finite(bank.row(row), bank.cols)) fail("bank: row " + std::to_string(row) + " holds NaN or inf");
+    }
     fail("z: the scores of row " + std::to_string(i) + " overflow");
   }
 };

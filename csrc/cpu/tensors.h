@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -48,11 +49,21 @@ View<T> view(const Tensor& t, const char* name, int64_t dims) {
 
 using Matrix = View<float>;
 
+/// Whether no value is NaN or inf, that is, no exponent has all bits set.
+inline bool is_finite(const float* values, int64_t n) {
+  uint32_t bad = 0;
+  for (int64_t d = 0; d < n; ++d) {
+    uint32_t bits;
+    std::memcpy(&bits, values + d, sizeof bits);
+    bad |= (bits & 0x7F800000u) == 0x7F800000u;
+  }
+  return bad == 0;
+}
+
 /// Throws naming the first row with NaN or inf.
 inline void require_finite(const Matrix& m, const char* name) {
   for (int64_t i = 0; i < m.rows; ++i)
-    for (int64_t d = 0; d < m.cols; ++d)
-      require(std::isfinite(m.row(i)[d]), std::string(name) + ": row " + std::to_string(i) + " holds NaN or inf");
+    if (!is_finite(m.row(i), m.cols)) fail(std::string(name) + ": row " + std::to_string(i) + " holds NaN or inf");
 }
 
 /// Queries and a bank of the same width; the queries are checked to be finite.
@@ -66,9 +77,11 @@ inline std::pair<Matrix, Matrix> query_and_bank(const Tensor& z, const Tensor& b
 
 /// Throws unless every index lies in [0, n).
 inline void require_index(const View<int64_t>& index, int64_t n, const char* name) {
-  for (int64_t i = 0; i < index.rows * index.cols; ++i)
-    require(index.data[i] >= 0 && index.data[i] < n, std::string(name) + ": " + std::to_string(index.data[i]) + " (row " +
-                                                         std::to_string(i / index.cols) + ") is outside [0, " + std::to_string(n) + ")");
+  for (int64_t i = 0; i < index.rows * index.cols; ++i) {
+    if (0 <= index.data[i] && index.data[i] < n) continue;
+    fail(std::string(name) + ": " + std::to_string(index.data[i]) + " (row " + std::to_string(i / index.cols) + ") is outside [0, " +
+         std::to_string(n) + ")");
+  }
 }
 
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }

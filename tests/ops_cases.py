@@ -1,0 +1,75 @@
+"""Golden cases of the operators. `python -m tests.ops_cases` rewrites tests/golden/ops.json.
+
+An operator whose digest changed needs a higher version first, so that results computed before are known to be stale.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mirepro import files, ops, rng
+
+ROOT = Path(__file__).parents[1]
+
+
+def unit(n: int, d: int, seed: int) -> NDArray[np.float32]:
+    """`(n, d)` float32 unit rows from the counter RNG; + - * / and sqrt in a fixed order only."""
+    x = rng.uniform(seed, rng.Stream.DATA, 0, np.arange(n), d).astype(np.float64) - 0.5
+    square = np.zeros(n)
+    for column in x.T:
+        square += column * column
+    return (x / np.sqrt(square)[:, None]).astype(np.float32)
+
+
+def outputs() -> dict[str, list[Tensor]]:
+    """The outputs of every operator, gradients included, on one fixed problem."""
+    z = torch.from_numpy(unit(37, 19, 1)).requires_grad_()
+    bank, own = torch.from_numpy(unit(2000, 19, 2)), torch.arange(37) * 5
+    labels = torch.from_numpy(rng.mulhi(rng.words(3, 1, 0, np.arange(3), 2000), 12))
+    draws = {"seed": 5, "step": 6, "sample_index": own, "own": own, "labels": labels}
+    mates = ops.region_sample(z, bank, 20, 200, 50, exclude_mates=True, **draws)  # type: ignore[arg-type]
+    distinct = ops.region_sample(z, bank, 20, 200, 50, exclude_own=True, replacement=False, **draws)  # type: ignore[arg-type]
+    index = torch.cat([own[:, None], mates], 1)
+    dot, nce = ops.gather_dot(z, bank, index), ops.gather_nce(z, bank, index, 0.07)
+    sums = ops.region_logsumexp(z, bank, 20, 200, 0.07, own=own, labels=labels)
+    updated = bank.clone()
+    ops.bank_update_(updated, own % 50, z.detach(), 0.5)
+    return {
+        "neighbors": list(ops.neighbors(z, bank, 100)),
+        "region_thresholds": [ops.region_thresholds(z, bank, 20, 200)],
+        "region_size": [ops.region_size(z, bank, 20, 200, own=own, labels=labels, exclude_mates=True)],
+        "region_sample": [mates, distinct],
+        "region_logsumexp": [*sums, *(_gradient(part, z) for part in sums)],
+        "gather_nce": [nce, _gradient(nce, z)],
+        "gather_dot": [dot, _gradient(dot, z)],
+        "bank_update_": [updated],
+        "bank_assign": [ops.bank_assign(bank, z.detach())],
+    }
+
+
+def _gradient(value: Tensor, z: Tensor) -> Tensor:
+    return torch.autograd.grad(value.sum(), z, retain_graph=True)[0]
+
+
+def digests() -> dict[str, str]:
+    """sha256 over the bytes of each operator's outputs."""
+    return {
+        name: hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+        for name, tensors in outputs().items()
+    }
+
+
+def main() -> None:
+    """Rewrites the golden file with the versions of mirepro/ops_version.json."""
+    versions = json.loads((ROOT / "mirepro/ops_version.json").read_text())
+    golden = {name: {"version": versions[name], "sha256": digest} for name, digest in digests().items()}
+    files.write_json(ROOT / "tests/golden/ops.json", golden)
+
+
+if __name__ == "__main__":
+    main()
