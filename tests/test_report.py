@@ -81,8 +81,8 @@ def write_detection(root: Path, row: str, run: str) -> None:
         (root / f"metrics/desk/detect/{run}.json").unlink()
         merged = {**known, **cells("%", "torchvision recipe, lr from 3 values on val", **content)}
         files.write_json(path, {"schema": "mirepro.metrics/1", "run": run, "row": row, "seed": 0, "cells": merged})
-    rle = {"size": [64, 64], "counts": [64 * 10 + 10, *([20, 44] * 20), 64 * 34 - 10]}
-    points = [12.0, 14.0, 2.0, 20.0, 20.0, 1.0, 0.0, 0.0, 0.0]
+    rle = {"size": [64, 64], "counts": [64 * 10 + 10, *([20, 44] * 19), 20, 64 * 35 - 30]}
+    points = [[12.0, 14.0], [20.0, 20.0]]
     images = [{"index": i, "boxes": [[10, 10, 20, 20]], "scores": [0.91], "labels": [i % 3], "masks": [rle],
                "keypoints": [points]} for i in range(12)]  # fmt: skip
     for model in ("mask", "keypoint"):
@@ -120,8 +120,9 @@ def fake_open(folder: Path, split: str) -> types.SimpleNamespace:
     shape = {"bbox": [10.0, 10.0, 20.0, 20.0], "category": 1, "area": 400.0, "iscrowd": 0,
              "segmentation": [[10, 10, 30, 10, 30, 30]], "keypoints": [12, 12, 2, 25, 14, 1]}  # fmt: skip
     return types.SimpleNamespace(
-        name=folder.name, size=size, labels=np.arange(count) % 12, classes=[f"class {i}" for i in range(12)],
-        categories=["arrow", "flag", "key"], objects=[[shape]] * count, images=lambda size=None: images,
+        name=folder.name, size=count, labels=np.arange(count) % 12, classes=[f"class {i}" for i in range(12)],
+        categories=["arrow", "flag", "key"], objects=[[shape]] * count, image=lambda index, size=None: images[index],
+        objects_at=lambda size: [[shape]] * count,
     )  # fmt: skip
 
 
@@ -396,3 +397,15 @@ def test_masks_agree_with_pycocotools() -> None:
     runs = re.findall(r"M(\d+) (\d+)h(\d+)v1H(\d+)z", path)
     assert sum(int(run[2]) for run in runs) == mask.sum()
     assert all(mask[int(y), int(x)] for x, y, _, _ in runs)
+
+
+def test_protocols_that_differ_in_words_merge() -> None:
+    merged = text.merge(["L2 0.1 of 7, flat", "L2 0.01 of 7, flat", "L2 0.1 of 7, flat", ""])
+    assert merged == ["L2 0.1/0.01 of 7, flat"]
+    assert text.merge(["a b", "a b c"]) == ["a b", "a b c"]
+
+
+def test_keypoints_of_annotations_and_predictions() -> None:
+    assert pictures.visible([1, 2, 2, 3, 4, 0]) == [(1.0, 2.0)]
+    assert pictures.visible([[1, 2], [3, 4]]) == [(1.0, 2.0), (3.0, 4.0)]
+    assert pictures.visible(None) == []

@@ -38,7 +38,7 @@ class Claim:
         """The claim in words."""
         if self.margin == 0:
             return f"{self.better} > {self.than}"
-        return f"{self.better} ≥ {self.than} (within {self.margin:g} points)"
+        return f"{self.better} ≥ {self.than} (within {self.margin:g} point{'s' * (self.margin != 1)})"
 
 
 @dataclass(frozen=True)

@@ -109,19 +109,19 @@ def samples(split: Any, count: int = 40) -> list[Exhibit]:
     """Evenly spaced images of a split with their class names."""
     if split is None:
         return []
-    images, total = split.images(), len(split.labels)
+    total = len(split.labels)
     chosen = [place * total // count for place in range(min(count, total))]
-    return [{"uri": pictures.uri(images[i]), "label": label_of(split, i)} for i in chosen]
+    return [{"uri": pictures.uri(split.image(i)), "label": label_of(split, i)} for i in chosen]
 
 
 def scenes(split: Any, count: int = DRAWN) -> list[Exhibit]:
     """Scenes with their annotations drawn."""
     if split is None:
         return []
-    images = split.images()
+    size, objects = split.image(0).shape[-1], split.objects_at(split.image(0).shape[-1])
     return [
-        {"uri": pictures.uri(images[i]), "size": images.shape[-1], "marks": pictures.truth(split.objects[i])}
-        for i in range(min(count, len(images)))
+        {"uri": pictures.uri(split.image(i, size)), "size": size, "marks": pictures.truth(objects[i])}
+        for i in range(min(count, split.size))
     ]
 
 
@@ -140,11 +140,9 @@ def galleries(root: Path, profile: str, layout: Mapping[str, Any]) -> list[Exhib
 
 
 def _anchors(split: Any, content: Mapping[str, Any]) -> list[Exhibit]:
-    images = split.images()
-
     def tile(index: int, anchor: int) -> Exhibit:
         same = int(split.labels[index]) == int(split.labels[anchor])
-        return {"uri": pictures.uri(images[index]), "label": label_of(split, index), "same": same}
+        return {"uri": pictures.uri(split.image(index)), "label": label_of(split, index), "same": same}
 
     return [
         {
@@ -168,15 +166,22 @@ def detections(root: Path, profile: str, layout: Mapping[str, Any]) -> Exhibit |
     split = split_of(root, layout, "scenes", found[0][1]["split"]) if found else None
     if split is None:
         return None
-    images = split.images()
-    chosen = [item["index"] for item in found[0][1]["images"][:DRAWN]]
-    shown = [
-        {"title": "annotation", "cells": [{"marks": pictures.truth(split.objects[i]), "text": ""} for i in chosen]}
-    ]
+    size = side(found, split)
+    chosen, objects = [item["index"] for item in found[0][1]["images"][:DRAWN]], split.objects_at(size)
+    shown = [{"title": "annotation", "cells": [{"marks": pictures.truth(objects[i]), "text": ""} for i in chosen]}]
     for title, content in found:
         by_index = {item["index"]: item for item in content["images"]}
         shown.append({"title": title, "cells": [_detected(by_index.get(i), split.categories) for i in chosen]})
-    return {"size": images.shape[-1], "images": [pictures.uri(images[i]) for i in chosen], "rows": shown}
+    return {"size": size, "images": [pictures.uri(split.image(i, size)) for i in chosen], "rows": shown}
+
+
+def side(found: list[tuple[str, Any]], split: Any) -> int:
+    """The image side, in pixels, that the detections refer to: as recorded, by a mask, else that of the images."""
+    for _, content in found:
+        masks = [mask for image in content["images"] for mask in image.get("masks") or []]
+        if "size" in content or masks:
+            return int(content.get("size") or masks[0]["size"][0])
+    return int(split.image(0).shape[-1])
 
 
 def _detected(image: Mapping[str, Any] | None, categories: list[str]) -> Exhibit:

@@ -18,6 +18,11 @@ EXPLANATIONS = {
     "T6": "One run for each setting: where negatives come from. Nothing here supports a claim.",
     "T7": "One run for each setting: which augmentations are on. Nothing here supports a claim.",
 }
+MARKS = {
+    "no ordering": ("*", "fewer than five seeds: no ordering claim"),
+    "supports no": ("†", "a single run: supports no claim"),
+    "control": ("–", "control without randomness"),
+}
 
 
 def build(
@@ -93,32 +98,32 @@ def render(content: Mapping[str, Any]) -> str:
 
 
 def present(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A table as the template wants it: texts, the best cell of each column marked, protocols by column."""
+    """A table as the template wants it: texts by group of columns, marks for few seeds, protocols by column."""
     parts = []
     for heading, columns in text.groups(table):
-        lines = [
-            {"row": row["row"], "note": row.get("note", ""), "cells": text.cells(row, columns)} for row in table["rows"]
-        ]
+        lines = [{"row": row["row"], "n": seeds(row), "cells": text.cells(row, columns)} for row in table["rows"]]
         parts.append({"heading": heading, "head": [text.heading(c, table) for c in columns], "lines": lines})
-    name = table["table"]
+    notes = {row.get("note", "") for row in table["rows"]}
     return {
-        "name": name, "title": table["title"], "text": EXPLANATIONS.get(name, ""), "parts": parts,
-        "protocols": protocols(table),
+        "name": table["table"], "title": table["title"], "text": EXPLANATIONS.get(table["table"], ""), "parts": parts,
+        "counted": any("note" in row for row in table["rows"]), "protocols": protocols(table),
+        "notes": [f"{mark} {meaning}" for word, (mark, meaning) in MARKS.items() if any(word in n for n in notes)],
     }  # fmt: skip
 
 
+def seeds(row: Mapping[str, Any]) -> str:
+    """The row's number of runs with the mark of its note."""
+    note = row.get("note", "")
+    mark = next((mark for word, (mark, _) in MARKS.items() if word in note), "")
+    return mark if mark == "–" else f"{max(cell['n'] for cell in row['cells'].values())}{mark}"
+
+
 def protocols(table: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(columns, protocol): columns of equal protocol share a line; rows that deviate have their own."""
+    """(columns, protocol); columns of equal protocol share a line."""
     lines: dict[str, list[str]] = {}
     for column in table["columns"]:
-        found: dict[str, list[str]] = {}
-        for row in table["rows"]:
-            cell = row["cells"][column]
-            if cell["protocol"]:
-                found.setdefault(cell["protocol"], []).append(row["row"])
-        for place, (protocol, rows) in enumerate(found.items()):
-            name = text.heading(column, table)
-            lines.setdefault(protocol, []).append(name if place == 0 else f"{name} [{', '.join(rows)}]")
+        for protocol in text.merge([row["cells"][column]["protocol"] for row in table["rows"]]):
+            lines.setdefault(protocol, []).append(text.heading(column, table))
     return [("; ".join(names), protocol) for protocol, names in lines.items()]
 
 
@@ -158,9 +163,14 @@ def best(table: Mapping[str, Any], column: str, what: str) -> list[tuple[str, st
     if not learned:
         return []
     top = max(learned, key=lambda row: learned[row]["mean"])
-    beside = [f"{row} {text.cell(rows[row], column)}" for row in ("random", "supervised") if row in rows]
+    beside = [f"{row}\u00a0{joined(text.cell(rows[row], column))}" for row in ("random", "supervised") if row in rows]
     explanation = f"highest row: {top}" + (f"; {', '.join(beside)}" if beside else "")
-    return [(f"{what} (%)", text.cell(learned[top], column), explanation)]
+    return [(f"{what} (%)", joined(text.cell(learned[top], column)), explanation)]
+
+
+def joined(number: str) -> str:
+    """Keeps a number and its deviation on one line."""
+    return number.replace(" ", "\u00a0")
 
 
 def flat(values: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -101,27 +101,33 @@ def short(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def shape(box: Sequence[float], colour: str, mask: Any = None, keypoints: Sequence[float] | None = None) -> str:
+def shape(box: Sequence[float], colour: str, mask: Any = None, keypoints: Any = None) -> str:
     """SVG elements of one object.
 
     Args:
         box: x, y, w, h in pixels.
         colour: Stroke and fill.
         mask: COCO run-length encoding or polygons.
-        keypoints: x, y, v, x, y, v, ...; points with v = 0 are not drawn.
+        keypoints: See `visible`.
     """
     x, y, width, height = (short(value) for value in box)
     parts = []
     if mask:
         parts.append(f'<path d="{_segmentation(mask)}" fill="{colour}" fill-opacity=".45"/>')
     parts.append(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="none" stroke="{colour}"/>')
-    flat = np.asarray(keypoints if keypoints is not None else [], float).reshape(-1, 3)
     parts += [
         f'<circle cx="{short(px)}" cy="{short(py)}" r="1.3" fill="{colour}" stroke="#000" stroke-width=".4"/>'
-        for px, py, visible in flat
-        if visible > 0
+        for px, py in visible(keypoints)
     ]
     return "".join(parts)
+
+
+def visible(keypoints: Any) -> list[tuple[float, float]]:
+    """The points to draw, of COCO's flat `x, y, v, ...` (those with v > 0) or of predicted `(K, 2)` pairs (all)."""
+    points = np.asarray([] if keypoints is None else keypoints, float)
+    if points.ndim < 2:
+        points = points.reshape(-1, 3)
+    return [(float(p[0]), float(p[1])) for p in points if len(p) < 3 or p[2] > 0]
 
 
 def truth(objects: Sequence[Mapping[str, Any]]) -> str:

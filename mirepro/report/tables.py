@@ -104,13 +104,13 @@ def note(records: list[metrics.Record]) -> str:
 def cell(records: list[metrics.Record], column: str, published: float | None) -> dict[str, Any]:
     """Mean and sample standard deviation over the runs that have a value."""
     values = [v for v in (metrics.value(item, column) for item in records) if v is not None]
-    known = next((item.cells[column] for item in records if column in item.cells), {})
+    known = [item.cells[column] for item in records if column in item.cells]
     return entry(
         statistics.mean(values) if values else None,
         statistics.deviation(values) if values else None,
         len(values),
-        known.get("unit", ""),
-        known.get("protocol", ""),
+        next((item["unit"] for item in known), ""),
+        " | ".join(text.merge([item["protocol"] for item in known])),
         published,
     )
 

@@ -103,6 +103,21 @@ def span(limits: Sequence[float] | None) -> str:
     return ABSENT if limits is None else f"{signed_zero(f'{limits[0]:.1f}')} to {signed_zero(f'{limits[1]:.1f}')}"
 
 
+def merge(protocols: Sequence[str]) -> list[str]:
+    """Protocols that differ in single words only become one, e.g. `L2 0.01/0.1 chosen on val`."""
+    shapes: dict[int, list[list[str]]] = {}
+    for protocol in dict.fromkeys(protocols):
+        if protocol:
+            shapes.setdefault(len(protocol.split()), []).append(protocol.split())
+    return [
+        " ".join(
+            "/".join(dict.fromkeys(part for word in words for part in word.split("/")))
+            for words in zip(*group, strict=True)
+        )
+        for group in shapes.values()
+    ]
+
+
 def verdict(item: Mapping[str, Any]) -> list[str]:
     """The texts of a judged claim."""
     p = item["p_holm"]
