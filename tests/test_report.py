@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import struct
+import subprocess
 import sys
 import types
 import zlib
@@ -409,3 +410,21 @@ def test_keypoints_of_annotations_and_predictions() -> None:
     assert pictures.visible([1, 2, 2, 3, 4, 0]) == [(1.0, 2.0)]
     assert pictures.visible([[1, 2], [3, 4]]) == [(1.0, 2.0), (3.0, 4.0)]
     assert pictures.visible(None) == []
+
+
+def test_report_starts_without_heavy_modules() -> None:
+    code = "import sys, mirepro.report.tables, mirepro.report.page; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "numpy" in modules  # the control: the list is not empty
+    assert not {"torch", "matplotlib", "scipy", "jinja2", "jsonschema"} & set(modules)
+
+
+def test_figures_use_the_packaged_font(caplog: pytest.LogCaptureFixture) -> None:
+    from mirepro.report import figures
+
+    svg = figures.dots("name", "label", {"row": [1.0, 2.0], "single": [3.0]})
+    assert "findfont" not in caplog.text
+    assert 'id="name-DejaVuSans-' in svg
+    assert svg == figures.dots("name", "label", {"row": [1.0, 2.0], "single": [3.0]})
+    assert "currentColor" in svg
+    assert figures.INK not in svg

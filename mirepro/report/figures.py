@@ -7,6 +7,7 @@ from typing import Any
 
 from mirepro.report import statistics
 
+FONT = "mirepro"  # our name for the font file inside matplotlib: a system's own DejaVu may be another version
 INK = "#010203"  # becomes currentColor, so that a dark page has light axes
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a6761d", "#56b4e9", "#7570b3", "#e69f00")
 DASHES = ("-", "--", ":", "-.")
@@ -25,7 +26,7 @@ def draw(name: str, size: tuple[float, float], paint: Callable[[Any], None]) -> 
     import matplotlib
 
     settings: dict[Any, Any] = {
-        "svg.hashsalt": "mirepro", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 10,
+        "svg.hashsalt": "mirepro", "svg.fonttype": "path", "font.family": FONT, "font.size": 10,
         "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": INK,
         "grid.alpha": 0.15, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
@@ -33,6 +34,7 @@ def draw(name: str, size: tuple[float, float], paint: Callable[[Any], None]) -> 
     with matplotlib.rc_context(), io.StringIO() as file:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(settings)
+        _register_font()
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
 
@@ -41,6 +43,14 @@ def draw(name: str, size: tuple[float, float], paint: Callable[[Any], None]) -> 
         paint(figure)
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
         return _inline(file.getvalue(), name)
+
+
+def _register_font() -> None:
+    from matplotlib import font_manager, get_data_path
+
+    fonts = font_manager.fontManager.ttflist
+    if all(entry.name != FONT for entry in fonts):
+        fonts.append(font_manager.FontEntry(fname=f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", name=FONT))
 
 
 def _inline(svg: str, name: str) -> str:

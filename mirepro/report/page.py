@@ -119,11 +119,13 @@ def seeds(row: Mapping[str, Any]) -> str:
 
 
 def protocols(table: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(columns, protocol); columns of equal protocol share a line."""
-    lines: dict[str, list[str]] = {}
+    """(columns, protocol); columns of equal protocol share a line, a detector's numbers go by its variant."""
+    lines: dict[str, dict[str, None]] = {}
     for column in table["columns"]:
+        detected = table["table"] in tables.TASKS
+        name = column.rpartition("_")[2] if detected else text.heading(column, table)
         for protocol in text.merge([row["cells"][column]["protocol"] for row in table["rows"]]):
-            lines.setdefault(protocol, []).append(text.heading(column, table))
+            lines.setdefault(protocol, {})[name] = None
     return [("; ".join(names), protocol) for protocol, names in lines.items()]
 
 
