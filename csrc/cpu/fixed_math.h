@@ -6,18 +6,22 @@
 
 namespace mirepro {
 
-/// e^x for x <= 709 in float64; relative error below 1e-15; 0 below -708.
+/// e^x for x <= 709 in float64; relative error below 1e-15; below -708 it stays at e^-708. Without branches and
+/// conversions, so that loops over it are vectorised.
 inline double fixed_exp(double x) {
-  if (!(x >= -708.0)) return 0.0;
-  constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
-  const double turns = (x * 1.4426950408889634 + kMagic) - kMagic;
-  const double r = (x - turns * 6.93147180369123816490e-01) - turns * 1.90821492927058770002e-10;
+  constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer, kept in the low bits
   constexpr double kInverseFactorial[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
                                           1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,     1.0 / 6,
                                           1.0 / 2,         1.0,            1.0};
+  x = x > -708.0 ? x : -708.0;
+  const double shifted = x * 1.4426950408889634 + kMagic;
+  const double turns = shifted - kMagic;
+  const double r = (x - turns * 6.93147180369123816490e-01) - turns * 1.90821492927058770002e-10;
   double sum = 1.0 / 6227020800.0;
   for (double c : kInverseFactorial) sum = sum * r + c;
-  const int64_t bits = (static_cast<int64_t>(turns) + 1023) << 52;
+  uint64_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 1023) << 52;
   double power;
   std::memcpy(&power, &bits, sizeof power);
   return sum * power;

@@ -18,9 +18,11 @@ struct Gather {
     require_index(index, bank.rows, "index");
   }
 
-  /// Rows t..t+15 of query i as far as they exist; returns their number.
+  /// Rows t..t+15 of query i as far as they exist; returns their number. Fetches the next ones: they lie anywhere.
   int64_t rows(int64_t i, int64_t t, const float** out) const {
     const int64_t n = std::min(kGather, index.cols - t);
+    for (int64_t r = t + kGather; r < std::min(t + 2 * kGather, index.cols); ++r)
+      for (int64_t d = 0; d < bank.cols; d += 16) __builtin_prefetch(bank.row(index.row(i)[r]) + d);
     for (int64_t r = 0; r < n; ++r) out[r] = bank.row(index.row(i)[t + r]);
     return n;
   }

@@ -25,11 +25,13 @@ struct LogSumExp {
       for (float& w : weighted) w *= static_cast<float>(scale);
       max = top;
     }
+    double power[kGather] = {};
     float weight[kGather];
+    std::copy_n(f, n, power);
+    kernels().exponentials(power, max);
     for (int64_t r = 0; r < n; ++r) {
-      const double e = fixed_exp(f[r] - max);
-      sum += e;
-      weight[r] = static_cast<float>(e);
+      sum += power[r];
+      weight[r] = static_cast<float>(power[r]);
     }
     if (!weighted.empty()) kernels().accumulate(weight, rows, n, static_cast<int64_t>(weighted.size()), weighted.data());
   }

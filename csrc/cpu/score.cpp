@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "../isa.h"
+#include "fixed_math.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -39,6 +40,10 @@ void dot_scalar(const float* z, const float* const* rows, int64_t dim, float* ou
 void accumulate_scalar(const float* weight, const float* const* rows, int64_t n, int64_t dim, float* acc) {
   for (int64_t r = 0; r < n; ++r)
     for (int64_t d = 0; d < dim; ++d) acc[d] = std::fma(weight[r], rows[r][d], acc[d]);
+}
+
+void exponentials_scalar(double* f, double shift) {
+  for (int64_t r = 0; r < kGather; ++r) f[r] = fixed_exp(f[r] - shift);
 }
 
 #if defined(__x86_64__)
@@ -118,6 +123,10 @@ AVX2 void accumulate_avx2(const float* weight, const float* const* rows, int64_t
   }
 }
 
+AVX2 void exponentials_avx2(double* f, double shift) {
+  for (int64_t r = 0; r < kGather; ++r) f[r] = fixed_exp(f[r] - shift);
+}
+
 template <int R>
 AVX512 inline void block_avx512(const float* zt, const float* rows, int64_t dim, float* out) {
   __m512 sum[R][2];
@@ -154,10 +163,10 @@ AVX512 uint32_t at_least_avx512(const float* score, const float* threshold) {
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels scalar{score_scalar, at_least_scalar, dot_scalar, accumulate_scalar};
+  static const Kernels scalar{score_scalar, at_least_scalar, dot_scalar, accumulate_scalar, exponentials_scalar};
 #if defined(__x86_64__)
-  static const Kernels avx2{score_avx2, at_least_avx2, dot_avx2, accumulate_avx2};
-  static const Kernels avx512{score_avx512, at_least_avx512, dot_avx2, accumulate_avx2};
+  static const Kernels avx2{score_avx2, at_least_avx2, dot_avx2, accumulate_avx2, exponentials_avx2};
+  static const Kernels avx512{score_avx512, at_least_avx512, dot_avx2, accumulate_avx2, exponentials_avx2};
   static const Isa isa = chosen_isa();
   if (isa == Isa::avx512) return avx512;
   if (isa == Isa::avx2) return avx2;

@@ -17,6 +17,8 @@ struct Kernels {
   void (*dot)(const float* z, const float* const* rows, int64_t dim, float* out);
   /// acc[d] = fma(weight[r], rows[r][d], acc[d]) for r = 0..n-1 in order.
   void (*accumulate)(const float* weight, const float* const* rows, int64_t n, int64_t dim, float* acc);
+  /// f[r] = e^(f[r] - shift) for kGather entries.
+  void (*exponentials)(double* f, double shift);
 };
 
 /// The set chosen by MIREPRO_ISA or by the CPU.
