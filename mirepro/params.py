@@ -115,6 +115,45 @@ class ToyParams:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class DetectParams:
+    """Detection: sizes in pixels or cells unless a comment says otherwise; small heads for small images."""
+
+    data: str = "scenes"
+    size: int = 64
+    batch: int = 16
+    epochs: int = 6
+    long: int = 2
+    """Factor of the long schedule."""
+    lrs: tuple[float, ...] = (0.001, 0.003, 0.01)
+    fixed_lr: float = 0.003
+    weight_decay: float = 1e-4
+    clip: float = 5.0
+    """Largest norm of a gradient."""
+    warmup: float = 0.1
+    """Share of the steps with a rising learning rate; a linear fall to 0 follows."""
+    anchors: tuple[float, ...] = (0.16, 0.32, 0.64)
+    """Anchor side per level, as a share of the image's side; each also times sqrt(2)."""
+    canonical: float = 0.56
+    min_stride: int = 4
+    fpn: int = 32
+    box_pool: int = 5
+    box_hidden: int = 128
+    head_pool: int = 7
+    head_width: int = 32
+    head_layers: int = 1
+    proposals_before: int = 100
+    proposals: int = 40
+    rpn_samples: int = 64
+    roi_samples: int = 16
+    roi_positive: float = 0.5
+    sampling: int = 1
+    score: float = 0.02
+    detections: int = 15
+    sensitivity: tuple[float, ...] = (0.5, 2.0)
+    """Factors of the data's OKS sigmas at which keypoint AP is stated too."""
+
+
 def build(cls: type[T], values: Mapping[str, Any] | None, where: str) -> T:
     """Builds a frozen dataclass from plain values.
 

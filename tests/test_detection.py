@@ -1,0 +1,274 @@
+"""Detection: evaluator against hand-made cases, targets, determinism, resume, and learning."""
+
+import dataclasses
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from mirepro import encoders
+from mirepro.data import shards
+from mirepro.errors import UserError
+from mirepro.params import DetectParams, EncoderParams
+from mirepro.transfer import coco_eval, detection, detection_data, detection_model
+from mirepro.transfer.coco_eval import Prediction
+
+SIZE = 32
+TINY = DetectParams(
+    size=SIZE, batch=8, epochs=1, fpn=8, box_hidden=16, head_width=8, head_pool=6, proposals=10, detections=5,
+    lrs=(0.001, 0.003), fixed_lr=0.001, anchors=(0.2, 0.3, 0.45), min_stride=2,
+)  # fmt: skip
+
+
+class FakeSplit:
+    """Bright squares (category 0) and wide bars (category 1) on a dark ground, one or two an image, five keypoints."""
+
+    categories = ["square", "bar"]  # noqa: RUF012
+    keypoints = {"names": list("abcde"), "flips": [1, 0, 3, 2, 4], "sigmas": [0.05] * 5}  # noqa: RUF012
+
+    def __init__(self, n: int, seed: int) -> None:
+        draw = np.random.default_rng(seed)
+        self.pixels = draw.integers(0, 40, (n, 3, SIZE, SIZE)).astype(np.uint8)
+        self.things: list[list[dict[str, Any]]] = [[] for _ in range(n)]
+        for i in range(n):
+            for half in range(draw.integers(1, 3)):
+                self._add(i, int(draw.integers(0, 2)), int(draw.integers(1, 14)), int(draw.integers(1, 6)) + 16 * half)
+
+    def _add(self, i: int, category: int, x: int, y: int) -> None:
+        w, h = (9, 9) if category == 0 else (16, 6)
+        mask = np.zeros((SIZE, SIZE), bool)
+        mask[y : y + h, x : x + w] = True
+        self.pixels[i][:, mask] = np.array([[220], [60 + 150 * category], [40]], np.uint8)
+        corners = [(x, y), (x + w, y), (x, y + h), (x + w, y + h), (x + w / 2, y + h / 2)]
+        self.things[i].append(
+            {"bbox": [x, y, w, h], "category": category, "area": float(w * h), "iscrowd": 0,
+             "segmentation": coco_eval.encode(mask), "keypoints": [float(v) for c in corners for v in (*c, 2)]}
+        )  # fmt: skip
+
+    def images(self, size: int | None = None) -> np.ndarray:
+        return self.pixels
+
+    def objects_at(self, size: int) -> list[list[dict[str, Any]]]:
+        return self.things
+
+
+def _load(split: FakeSplit, model: str, size: int) -> detection_data.Scenes:
+    return detection_data.load(cast(shards.Split, split), model, size)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> Path:
+    ensemble = encoders.Ensemble(EncoderParams(width=8, stem="tiny", dim=8))
+    encoders.initialise(ensemble, 0)
+    encoders.save(tmp_path / "run" / "encoder.safetensors", ensemble)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def scenes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    opened: list[str] = []
+
+    def opener(path: Path, split: str) -> FakeSplit:
+        opened.append(split)
+        return FakeSplit({"train": 16, "val": 8, "test": 8}[split], len(split))
+
+    monkeypatch.setattr(detection, "shards", SimpleNamespace(open=opener, opened=opened))
+    return folder
+
+
+def _perfect(scenes: detection_data.Scenes, shift: float = 0.0) -> list[Prediction]:
+    """Ground truth as prediction; keypoints moved right by `shift` x sqrt(area)."""
+    found = []
+    for things in scenes.objects:
+        points = np.array([t.get("keypoints") for t in things], float).reshape(len(things), -1, 3)
+        points[..., 0] += shift * np.sqrt([t["area"] for t in things])[:, None]
+        found.append(
+            Prediction(
+                np.array([t["bbox"] for t in things], float),
+                np.linspace(0.9, 0.8, len(things)),
+                np.array([t["category"] for t in things]),
+                [t["segmentation"] for t in things],
+                points,
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize("task", ["box", "mask", "keypoint"])
+def test_ground_truth_as_prediction_is_perfect(task: str) -> None:
+    scenes = _load(FakeSplit(12, 0), "keypoint", SIZE)
+    stats = coco_eval.evaluate(scenes.truth(), _perfect(scenes), task, scenes.sigmas)
+    assert tuple(stats) == (coco_eval.KEYPOINT_STATS if task == "keypoint" else coco_eval.BOX_STATS)
+    assert stats["AP"] == stats["AP50"] == stats["AP75"] == pytest.approx(100)
+    assert stats["APl"] is None, "no large object exists"
+
+
+def test_wrong_labels_and_empty_predictions_score_zero() -> None:
+    scenes = _load(FakeSplit(12, 0), "mask", SIZE)
+    wrong = [dataclasses.replace(p, labels=1 - p.labels) for p in _perfect(scenes)]
+    none = Prediction(np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64), [])
+    for predictions in (wrong, [none] * 12):
+        stats = coco_eval.evaluate(scenes.truth(), predictions, "box")
+        assert stats["AP"] is not None
+        assert stats["AP"] < 10
+
+
+@pytest.mark.parametrize("sigma", [0.025, 0.05, 0.1])
+def test_oks_of_a_shift_by_two_sigma(sigma: float) -> None:
+    """OKS = exp(-1/2) = .607: true at the thresholds .5, .55 and .6 and false at the seven above."""
+    scenes = _load(FakeSplit(12, 0), "keypoint", SIZE)
+    truth = scenes.truth()
+    stats = coco_eval.evaluate(truth, _perfect(scenes, 2 * sigma), "keypoint", [sigma] * 5)
+    assert stats["AP"] == pytest.approx(30)
+    judge = coco_eval.COCOeval_faster(
+        truth,
+        truth.loadRes(coco_eval.results(_perfect(scenes, 2 * sigma), "keypoint")),
+        "keypoints",
+        kpt_oks_sigmas=[sigma] * 5,
+    )
+    judge.evaluate()
+    best = [float(np.max(v)) for v in judge.ious.values() if len(v)]
+    assert np.allclose(best, math.exp(-0.5), atol=1e-9)
+    far = coco_eval.evaluate(truth, _perfect(scenes, 4 * sigma), "keypoint", [sigma] * 5)
+    assert far["AP50"] == pytest.approx(0, abs=1e-9), "a shift by 4 sigma has OKS exp(-2)"
+
+
+def test_sigmas_are_never_assumed() -> None:
+    scenes = _load(FakeSplit(2, 0), "keypoint", SIZE)
+    with pytest.raises(ValueError, match="sigmas"):
+        coco_eval.evaluate(scenes.truth(), _perfect(scenes), "keypoint")
+
+
+def test_mirror_images_swap_left_and_right() -> None:
+    target, mirror = (side[0] for side in _load(FakeSplit(3, 1), "keypoint", SIZE).targets)
+    assert torch.equal(mirror["boxes"][:, 0], SIZE - target["boxes"][:, 2])
+    left, right = mirror["keypoints"][:, 0, 0], mirror["keypoints"][:, 1, 0]
+    assert (left < right).all(), "keypoint 0 is the upper left corner in the mirror too"
+    masks = [side[0]["masks"] for side in _load(FakeSplit(3, 1), "mask", SIZE).targets]
+    assert torch.equal(masks[0].flip(-1), masks[1])
+
+
+def _detector(model: str, pretrained: Path, seed: int = 0, params: DetectParams = TINY) -> detection_model.Detector:
+    ensemble = encoders.load(pretrained / "encoder.safetensors")
+    detector = detection_model.build(ensemble, model, params, 2, 5)
+    detection_model.initialise(detector, seed)
+    return detector
+
+
+def _train(model: str, pretrained: Path, seed: int, params: DetectParams = TINY, frozen: bool = False) -> Any:
+    scenes = _load(FakeSplit(16, 0), model, SIZE)
+    detector = _detector(model, pretrained, params=params)
+    detection.train(detector, scenes, detection.Variant(0.003, frozen=frozen), params, seed)
+    return detector.state_dict()
+
+
+@pytest.mark.parametrize("model", ["mask", "keypoint"])
+def test_training_is_deterministic(model: str, pretrained: Path) -> None:
+    first, again, other = (_train(model, pretrained, seed) for seed in (0, 0, 1))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not all(torch.equal(value, other[name]) for name, value in first.items())
+
+
+def test_frozen_trunk_keeps_its_weights_and_a_tuned_one_trains_batchnorm(pretrained: Path) -> None:
+    before = _detector("mask", pretrained).state_dict()
+    frozen, tuned = (_train("mask", pretrained, 0, frozen=frozen) for frozen in (True, False))
+    learned = [n for n in before if "trunk" in n and n.endswith("weight") and not ("layer4" in n or ".head." in n)]
+    norms = [n for n in learned if torch.equal(before[n], torch.ones_like(before[n]))]
+    assert norms
+    assert all(torch.equal(before[n], frozen[n]) for n in learned)
+    assert not any(torch.equal(before[n], tuned[n]) for n in norms)
+
+
+def test_small_batches_take_groupnorm_in_new_layers(pretrained: Path) -> None:
+    small = _detector("mask", pretrained, params=dataclasses.replace(TINY, batch=4))
+    new = [m for name, m in small.named_modules() if "trunk" not in name]
+    assert any(isinstance(m, torch.nn.GroupNorm) for m in new)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in new)
+
+
+def test_ensembles_of_two_modalities_train(tmp_path: Path) -> None:
+    ensemble = encoders.Ensemble(EncoderParams(width=8, stem="tiny", dim=8), ("L", "ab"))
+    encoders.initialise(ensemble, 0)
+    encoders.save(tmp_path / "encoder.safetensors", ensemble)
+    assert all(torch.isfinite(value).all() for value in _train("mask", tmp_path, 0).values())
+
+
+def test_anchor_recall_and_impossible_parameters(pretrained: Path) -> None:
+    boxes = [t["boxes"] for t in _load(FakeSplit(16, 0), "mask", SIZE).targets[0]]
+    assert _detector("mask", pretrained).anchor_recall(boxes) >= 0.95
+    wrong = dataclasses.replace(TINY, anchors=(3.0, 4.0))
+    assert _detector("mask", pretrained, params=wrong).anchor_recall(boxes) < 0.95
+    with pytest.raises(UserError, match=r"detect\.anchors"):
+        _detector("mask", pretrained, params=dataclasses.replace(TINY, anchors=(0.1,) * 7))
+    for change in ({"fixed_lr": 0.5}, {"batch": 0}, {"warmup": 1.0}):
+        with pytest.raises(UserError, match=next(iter(change))):
+            detection.check("mask", dataclasses.replace(TINY, **change))
+    with pytest.raises(UserError, match="panoptic"):
+        detection.check("panoptic", TINY)
+
+
+def _run(model: str, pretrained: Path, folder: Path, out: Path, params: DetectParams = TINY) -> dict[str, Any]:
+    return detection.detect("ir-s0", "ir", 0, model, params, pretrained, folder, out)
+
+
+@pytest.mark.parametrize("model", ["mask", "keypoint"])
+def test_stage_writes_all_cells_and_reads_test_last(
+    model: str, pretrained: Path, scenes_folder: Path, tmp_path: Path
+) -> None:
+    metrics = _run(model, pretrained, scenes_folder, tmp_path / "out")
+    assert detection.shards.opened == ["train", "val", "test"]  # type: ignore[attr-defined]
+    stats = {"box": coco_eval.BOX_STATS, "mask": coco_eval.BOX_STATS, "keypoint": coco_eval.KEYPOINT_STATS}
+    for task, names in ((task, stats[task]) for task in ("box", model)):
+        for variant in ("tuned", "fixed", "long", "frozen"):
+            assert {f"{task}_{name}_{variant}" for name in names} <= set(metrics["cells"])
+    assert ("keypoint_AP50@x0.5_tuned" in metrics["cells"]) == (model == "keypoint")
+    assert metrics["detail"]["anchor_recall"] >= 0.95
+    shown = detection.files.read_json(tmp_path / "out" / "detections.json")
+    assert len(shown["images"]) == 8
+    assert not list((tmp_path / "work").iterdir()), "finished variants are cleared away"
+
+
+def test_interrupted_stage_resumes_to_the_same_bits(
+    pretrained: Path, scenes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _run("mask", pretrained, scenes_folder, tmp_path / "a" / "out")
+    calls, train = [], detection.train
+
+    def counted(*arguments: Any) -> None:
+        calls.append(arguments[2].name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        train(*arguments)
+
+    monkeypatch.setattr(detection, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        _run("mask", pretrained, scenes_folder, tmp_path / "b" / "out")
+    resumed = _run("mask", pretrained, scenes_folder, tmp_path / "b" / "out")
+    assert len(calls) == 3 + 2, "the two finished variants are not trained again"
+    assert resumed == whole
+    assert (tmp_path / "a/out/detections.json").read_bytes() == (tmp_path / "b/out/detections.json").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "least"), [("mask", 60.0), ("keypoint", 60.0)])
+def test_training_learns_and_an_untrained_detector_does_not(model: str, least: float, pretrained: Path) -> None:
+    params = dataclasses.replace(TINY, epochs=30, fpn=16, box_hidden=32, head_width=16)
+    train, val = (_load(FakeSplit(n, n), model, SIZE) for n in (64, 32))
+    detector = _detector(model, pretrained, params=params)
+    untrained = detection.score(val, detection.predict(detector, val.images, 16), model, params)
+    assert all((stats["AP50"] or 0) < 2 for stats in untrained.values())
+    detection.train(detector, train, detection.Variant(0.003), params, 0)
+    trained = detection.score(val, detection.predict(detector, val.images, 16), model, params)
+    assert all(stats["AP50"] >= least for stats in trained.values()), trained
