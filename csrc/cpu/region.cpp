@@ -29,9 +29,14 @@ Company checked_company(const MaybeTensor& own, const MaybeTensor& labels, const
 }
 
 void draw_with_replacement(const Members& members, Philox random, int64_t k, int64_t* out) {
+  const bool dense = members.size() <= 32 * k;
+  const auto list = dense ? members.list() : std::vector<uint32_t>();
   for (int64_t t = 0; t < k; t += 4) {
     const auto words = random.block(static_cast<uint32_t>(t / 4));
-    for (int64_t i = 0; i < std::min<int64_t>(4, k - t); ++i) out[t + i] = members[mulhi(words[i], members.size())];
+    for (int64_t i = 0; i < std::min<int64_t>(4, k - t); ++i) {
+      const int64_t number = mulhi(words[i], members.size());
+      out[t + i] = dense ? list[number] : members[number];
+    }
   }
 }
 
