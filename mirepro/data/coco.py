@@ -1,0 +1,165 @@
+"""Imports COCO: instances and person keypoints of train2017 and val2017, images as they are.
+
+Source: Lin et al., Microsoft COCO: common objects in context (2014); https://cocodataset.org/#format-data.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mirepro import files
+from mirepro.data import masks, shards, sources
+from mirepro.data.shards import Sample
+from mirepro.errors import UserError
+
+PARTS = {"train": "train2017", "val": "val2017"}
+SIGMAS = [0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087,
+          0.089, 0.089]  # fmt: skip
+"""Standard deviations of the person keypoints in pycocotools' evaluation."""
+SLACK = 1.0
+"""Pixels that a box may stick out: COCO's own boxes are rounded."""
+
+Counts = dict[str, dict[str, int]]
+
+
+def import_coco(path: Path | str, folder: Path | str) -> Counts:
+    """Imports COCO into shards.
+
+    Args:
+        path: Folder (or a tar of it) with `annotations/` and `train2017/`, `val2017/`.
+        folder: The data set's folder.
+
+    Returns:
+        For each split: images, objects, crowd (of the objects), keypoints (objects with at least one), dropped
+        (annotations whose box has no area).
+
+    Raises:
+        UserError: A file is missing or damaged, a box lies outside its image, ...; nothing is written then.
+    """
+    with sources.unpacked(path, Path(folder)) as source:
+        base = sources.root(source, "annotations")
+        if base is None:
+            raise UserError(f"{path}: no folder annotations/ inside; give COCO's folder")
+        parts = {split: _Part(base, name) for split, name in PARTS.items()}
+        if parts["train"].categories != parts["val"].categories:
+            raise UserError(f"{base}/annotations: the categories of train2017 and val2017 differ")
+        counts = {split: part.counts for split, part in parts.items()}
+        shards.write(folder, "coco", {s: part.samples() for s, part in parts.items()}, parts["train"].meta())
+    return counts
+
+
+class _Part:
+    """One of train2017, val2017: both annotation files, joined by annotation id."""
+
+    def __init__(self, base: Path, name: str) -> None:
+        self.images_folder = base / name
+        self.path = base / "annotations" / f"instances_{name}.json"
+        self.people_path = base / "annotations" / f"person_keypoints_{name}.json"
+        instances, people = _read(self.path), _read(self.people_path)
+        self.categories = sorted((c["id"], c["name"]) for c in instances["categories"])
+        self.numbers = {number: i for i, (number, _) in enumerate(self.categories)}
+        self.points: list[str] = next((c["keypoints"] for c in people["categories"] if c.get("keypoints")), [])
+        self.poses = {a["id"]: self._pose(a) for a in people["annotations"]}
+        self.images = sorted(instances["images"], key=lambda i: i["id"])
+        self.annotations = self._by_image(instances["annotations"])
+        self.counts = dict.fromkeys(("images", "objects", "crowd", "keypoints", "dropped"), 0)
+
+    def _pose(self, annotation: dict[str, Any]) -> list[float]:
+        pose = annotation.get("keypoints", [])
+        if len(pose) != 3 * len(self.points):
+            raise UserError(f"{self.people_path}: annotation {annotation['id']}: {len(pose)} keypoint numbers, "
+                            f"not {3 * len(self.points)}")  # fmt: skip
+        return list(pose)
+
+    def _by_image(self, annotations: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+        known, result = {i["id"] for i in self.images}, defaultdict(list)
+        for one in sorted(annotations, key=lambda a: a["id"]):
+            if one["image_id"] not in known:
+                raise UserError(f"{self.path}: annotation {one['id']}: no image {one['image_id']}")
+            result[one["image_id"]].append(one)
+        if lost := set(self.poses) - {a["id"] for a in annotations}:
+            raise UserError(f"{self.people_path}: annotation {min(lost)} is not in {self.path.name}")
+        return result
+
+    def meta(self) -> dict[str, Any]:
+        """The data set's part of the manifest."""
+        swap = {"left": "right", "right": "left"}
+        mirrored = ["_".join(swap.get(word, word) for word in p.split("_")) for p in self.points]
+        flips = [self.points.index(m) if m in self.points else i for i, m in enumerate(mirrored)]
+        sigmas = SIGMAS if len(self.points) == len(SIGMAS) else [0.08] * len(self.points)
+        keypoints = {"names": self.points, "flips": flips, "sigmas": sigmas}
+        names = [name for _, name in self.categories]
+        return {"title": "COCO 2017", "classes": [], "categories": names, "keypoints": keypoints}
+
+    def samples(self) -> Iterator[Sample]:
+        """All images in the order of their ids."""
+        for image in self.images:
+            path = self.images_folder / image["file_name"]
+            if path.name != image["file_name"]:
+                raise UserError(f"{self.path}: image {image['id']}: file name {image['file_name']!r} leads elsewhere")
+            content, size = sources.read_image(path)
+            if size != (image["width"], image["height"]):
+                raise UserError(f"{path}: {size[0]} x {size[1]} pixels; {self.path.name} says "
+                                f"{image['width']} x {image['height']}")  # fmt: skip
+            self.counts["images"] += 1
+            objects = [self._object(a, *size) for a in self.annotations.get(image["id"], [])]
+            yield Sample(f"{image['id']:012d}", content, path.suffix, None, [o for o in objects if o])
+
+    def _object(self, one: dict[str, Any], width: int, height: int) -> dict[str, Any] | None:
+        """The annotation with our category number and its keypoints; None when its box is empty."""
+        where = f"{self.path}: annotation {one['id']}"
+        if one["category_id"] not in self.numbers:
+            raise UserError(f"{where}: no category {one['category_id']}")
+        self._check_shape(one, width, height, where)
+        if min(one["bbox"][2:]) <= 0:
+            self.counts["dropped"] += 1
+            return None
+        pose = self.poses.get(one["id"], [])
+        self.counts["objects"] += 1
+        self.counts["crowd"] += one["iscrowd"]
+        self.counts["keypoints"] += any(pose[2::3])
+        return {
+            "bbox": one["bbox"], "category": self.numbers[one["category_id"]], "area": float(one["area"]),
+            "iscrowd": one["iscrowd"], "segmentation": one["segmentation"], "keypoints": pose,
+        }  # fmt: skip
+
+    def _check_shape(self, one: dict[str, Any], width: int, height: int, where: str) -> None:
+        box, segmentation = one["bbox"], one["segmentation"]
+        if len(box) != 4 or not all(isinstance(b, int | float) for b in box):
+            raise UserError(f"{where}: box {box} is not [x, y, width, height]")
+        x, y, w, h = box
+        if not (min(x, y) >= -SLACK and min(w, h) >= 0 and x + w <= width + SLACK and y + h <= height + SLACK):
+            raise UserError(f"{where}: box {box} lies outside its image of {width} x {height} pixels")
+        try:
+            if isinstance(segmentation, dict):
+                masks.decode(segmentation, height, width)
+            elif not segmentation or any(len(p) < 6 or len(p) % 2 for p in segmentation):
+                raise ValueError("no polygon of three points")
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{where}: bad segmentation ({error})") from error
+
+
+_KEYS = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"),
+    "categories": ("id", "name"),
+}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """An annotation file with the keys that COCO defines.
+
+    Raises:
+        UserError: Missing, bad JSON, or keys are missing.
+    """
+    content = files.read_json(path)
+    for part, keys in _KEYS.items():
+        entries = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise UserError(f"{path}: no list {part!r}; not a COCO annotation file")
+        for entry in entries:
+            missing = [k for k in keys if not isinstance(entry, dict) or k not in entry]
+            if missing:
+                raise UserError(f"{path}: {part}: entry without {missing[0]!r}: {str(entry)[:60]}")
+    return content
