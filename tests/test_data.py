@@ -106,7 +106,7 @@ def test_boxes_masks_and_keypoints_agree(built, name):
 
 def test_every_keypoint_shows_unless_something_hides_it():
     """Without clutter in front all keypoints of an object inside the image are visible; with it some are not."""
-    scene, label = np.arange(960), np.arange(960) % 96
+    scene, label = np.arange(480), np.arange(480) % 96
     layers, draws = desk.layers(scene, label)
     background = compose.background(draws, [layers[3].colours])
     shares = []

@@ -55,6 +55,7 @@ def test_resizing_moves_boxes_masks_and_keypoints_along(tmp_path):
 
 def test_a_new_writing_replaces_the_old_and_leaves_nothing_behind(tmp_path):
     write(tmp_path)
+    (tmp_path / ".shards-killed").mkdir()
     write(tmp_path, 3)
     assert shards.open(tmp_path, "train").size == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "shards"]

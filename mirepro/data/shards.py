@@ -100,6 +100,8 @@ def write(
     work, fresh = None, not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".shards-*"):  # what a killed writer left
+            shutil.rmtree(stale)
         work = Path(tempfile.mkdtemp(prefix=".shards-", dir=folder))
         parts = {split: _write_split(work, split, samples) for split, samples in splits.items()}
         manifest = {"schema": SCHEMA, "name": name, "meta": dict(meta), "splits": parts}
