@@ -29,7 +29,7 @@ TEXTS = {"tables": ("published/{profile}.csv",), "report": ("docs/deviations.md"
 """Files beside the package that a stage reads where they exist."""
 
 OPERATORS = "mirepro.ops"
-"""Stands for compiled code: its version and golden outputs count, not its source, so a faster kernel changes nothing."""
+"""Stands for compiled code: its version and golden outputs count, not its source; a faster kernel changes nothing."""
 
 SLICED = "mirepro.params"
 """Of this module only the definitions count that a closure names: one stage's parameters are no other's business."""

@@ -1,0 +1,5 @@
+"""`python -m mirepro`."""
+
+from mirepro.cli import main
+
+main()
