@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.exceptions import TyperException
 
 from mirepro import profiles
 from mirepro.errors import UserError
@@ -17,6 +18,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 data_app = typer.Typer(no_args_is_help=True, help="Import and check data sets.")
 app.add_typer(data_app, name="data")
 
+Key = Annotated[str | None, typer.Argument(help="a run or a data set, for stages that have several")]
 ProfileName = Annotated[str, typer.Option("--profile", help="a folder of profiles/, or desk")]
 
 
@@ -37,9 +39,7 @@ def find_root() -> Path:
 
 
 @app.command()
-def stage(
-    name: str, key: Annotated[str | None, typer.Argument(help="a run or data set")] = None, profile: ProfileName = "desk"
-) -> None:
+def stage(name: str, key: Key = None, profile: ProfileName = "desk") -> None:
     """Run one stage; the pipeline's commands call this."""
     from mirepro import stages
 
@@ -143,14 +143,16 @@ def check(name: Annotated[str | None, typer.Argument(help="a data set [default: 
 def main() -> None:
     """Entry point: bad input is one line and exit 2, Ctrl-C one line and exit 130."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except UserError as error:
         complain(str(error), 2)
+    except TyperException as error:
+        complain(f"{error.format_message() or 'no command.'} Try `mirepro --help`.", 2)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "mirepro":
             raise
         complain(f"{error.name} is not installed in {sys.executable}; run `make setup`, then `. .venv/bin/activate`", 2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         complain("interrupted; the same command continues", 130)
 
 

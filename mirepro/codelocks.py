@@ -70,7 +70,7 @@ def _joined(parts: list[ast.expr]) -> list[ast.expr]:
     for part in parts:
         last = result[-1] if result else None
         if isinstance(part, ast.Constant) and isinstance(last, ast.Constant):
-            result[-1] = ast.Constant(f"{last.value}{part.value}")
+            result[-1] = ast.Constant(str(last.value) + str(part.value))
         elif not (isinstance(part, ast.Constant) and part.value == ""):
             result.append(part)
     return result

@@ -153,9 +153,9 @@ class Profile:
         self.build(params.ToyParams, "toy")
         used = {"pretrain": True, "evaluate": True, "detect": bool(self.detect_runs)}
         for key in (key for key, needed in used.items() if needed):
-            name = (self.values[key] or {}).get("data")
-            if name not in self.values["datasets"]:
-                raise UserError(f"{key}.data: {name!r} is not in datasets; known: {', '.join(self.values['datasets'])}")
+            data = (self.values[key] or {}).get("data")
+            if data not in self.values["datasets"]:
+                raise UserError(f"{key}.data: {data!r} is not in datasets; known: {', '.join(self.values['datasets'])}")
 
 
 def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

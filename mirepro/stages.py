@@ -42,7 +42,10 @@ def code(profile: Profile) -> None:
     profile.check()
     codelocks.write(profile.root, profile.name, sorted({entry.objective for entry in profile.runs.values()}))
     for name in profile.values["datasets"]:
-        if not any((profile.root / "data" / name / "shards").glob("*.tar")):
+        folder = profile.root / "data" / name
+        if not (folder / "manifest.json").is_file():
+            raise UserError(f"{folder}: no manifest.json; run `mirepro data import {name} PATH`, or restore it from git")
+        if not any((folder / "shards").glob("*.tar")):
             _receipt(profile, name).unlink(missing_ok=True)  # the data are gone, so the stage has to run again
 
 
@@ -309,7 +312,7 @@ def provenance(profile: Profile) -> Path:
 
 def _record(profile: Profile, kind: str, keys: tuple[str, ...], done: Done) -> None:
     stage = "@".join((kind, *keys))
-    facts = {"stage": stage, "host": platform.node(), "python": platform.python_version()}
+    facts: dict[str, Any] = {"stage": stage, "host": platform.node(), "python": platform.python_version()}
     facts |= {"seconds": round(done.seconds, 3), "fingerprint": done.fingerprint, "collected": done.collected}
     facts |= {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     files.write_json(provenance(profile) / f"{stage}.json", facts)

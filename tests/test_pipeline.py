@@ -1,0 +1,196 @@
+"""DVC's stages on a miniature repository with fake computations: what an edit re-runs, interruption, collection."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from miniature import Miniature
+
+ALL = {
+    "data@desk", "data@scenes", "pretrain@ball-s0", "pretrain@ring-s0", "evaluate@ball-s0", "evaluate@ring-s0",
+    "controls", "detect@ring-s0-mask", "toy", "tables", "report",
+}  # fmt: skip
+END = {"tables", "report"}
+RING = {"pretrain@ring-s0", "evaluate@ring-s0", "detect@ring-s0-mask"} | END
+BALL = {"pretrain@ball-s0", "evaluate@ball-s0"} | END
+
+
+@pytest.fixture(scope="module")
+def made(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Miniature:
+    """A miniature in which everything is up to date."""
+    miniature = Miniature(root, tmp_path_factory.mktemp("miniature") / "repo")
+    assert miniature.stale() == ALL
+    result = miniature.run("repro", "--jobs", "2")
+    assert result.returncode == 0, result.stderr
+    assert "11 stages ran" in result.stdout
+    return miniature
+
+
+@contextmanager
+def edited(miniature: Miniature, name: str, old: str, new: str) -> Iterator[None]:
+    """An edit that is undone."""
+    before = miniature.edit(name, old, new)
+    try:
+        yield
+    finally:
+        miniature.restore(name, before)
+
+
+FRESH = "from dataclasses import dataclass\nfrom mirepro.objectives.base import Objective\n\n\nclass Fresh(Objective):\n    pass\n"
+
+EDITS = {
+    "nothing": ("params.yaml", "", "", set()),
+    "an objective's parameter": ("params.yaml", "{objective: ring, options: {k: 16}}", "{objective: ring, options: {k: 8}}", RING),
+    "a new objective": ("mirepro/objectives/fresh.py", "", FRESH, set()),
+    "an objective's code": ("mirepro/objectives/ring.py", "inner: float = 0.1", "inner: float = 0.2", RING),
+    "the detector's code": ("mirepro/transfer/detection.py", "", "\nlevels = 5\n", {"detect@ring-s0-mask"} | END),
+    "the detector's parameters": ("mirepro/params.py", "data: str = \"scenes\"", "data: str = \"scenes\"\n    extra: int = 0", {"detect@ring-s0-mask"} | END),
+    "a comment in the loop": ("mirepro/pretrain.py", "", "\n# why\n", set()),
+    "a docstring in the loop": ("mirepro/pretrain.py", "def never():", "def never():\n    \"\"\"Never.\"\"\"", set()),
+    "the loop": ("mirepro/pretrain.py", "", "\nclip = 1.0\n", RING | BALL),
+    "the base objective": ("mirepro/objectives/base.py", "k: int = 256", "k: int = 255", RING | BALL),
+    "the operators": ("mirepro/ops_version.json", "1.0.0", "1.1.0", RING | BALL),
+    "the operators' Python source": ("mirepro/ops.py", "", "\nspeed = 2\n", set()),
+    "the toy's parameter": ("params.yaml", "toy: {}", "toy: {banks: 2}", {"toy"} | END),
+    "the shared schedule": ("params.yaml", "pretrain: {data: desk}", "pretrain: {data: desk, epochs: 2}", RING | BALL),
+    "the data's manifest": ("data/scenes/manifest.json", "", "\n", {"data@scenes", "detect@ring-s0-mask"} | END),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_what_an_edit_makes_stale(made: Miniature, case: str) -> None:
+    name, old, new, expected = EDITS[case]
+    with edited(made, name, old, new):
+        assert made.stale() == expected
+
+
+def test_no_op_runs_code_alone(made: Miniature) -> None:
+    lock = (made.root / "dvc.lock").read_bytes()
+    serial = made.run("repro", module="dvc")
+    assert serial.stdout.count("Running stage") == 1
+    assert "Running stage 'code'" in serial.stdout
+    assert "nothing was stale" in made.run("repro").stdout
+    assert (made.root / "dvc.lock").read_bytes() == lock
+
+
+def test_dry_run_agrees(made: Miniature) -> None:
+    with edited(made, *EDITS["an objective's parameter"][:3]):
+        lines = made.run("repro", "--dry", module="dvc").stdout.splitlines()
+        assert {line.split("'")[1] for line in lines if line.startswith("Running stage")} >= {"code", "pretrain@ring-s0"}
+        assert not any("Running stage 'pretrain@ball-s0'" in line for line in lines)
+
+
+def test_only_the_edited_stages_run(made: Miniature) -> None:
+    name, old, new, expected = EDITS["the toy's parameter"]
+    untouched = made.root / ".mirepro" / "provenance" / "desk" / "pretrain@ring-s0.json"
+    before = untouched.stat().st_mtime_ns
+    with edited(made, name, old, new):
+        assert f"{len(expected)} stages ran" in made.run("repro").stdout
+        assert json.loads((made.root / "metrics/desk/toy.json").read_text()) == {"banks": 2}
+    assert untouched.stat().st_mtime_ns == before
+    assert made.run("repro").returncode == 0  # back to the committed state
+    assert made.stale() == set()
+
+
+def test_missing_shards_are_made_again(made: Miniature) -> None:
+    shutil.rmtree(made.root / "data" / "desk" / "shards")
+    assert "data@desk" in made.stale()
+    assert made.run("repro").returncode == 0
+    assert (made.root / "data" / "desk" / "shards" / "0.tar").exists()
+
+
+def test_failure_stops_with_the_log(made: Miniature) -> None:
+    with edited(made, "mirepro/toy.py", "def toy(params: ToyParams):", "def toy(params: ToyParams):\n    1 / 0"):
+        result = made.run("repro")
+        assert result.returncode == 1
+        assert "toy failed" in result.stderr
+        assert "ZeroDivisionError" in result.stderr
+    assert made.run("repro").returncode == 0
+
+
+def test_finished_work_is_collected(made: Miniature) -> None:
+    """Killed between computing and placing: the rerun places what stands there."""
+    with edited(made, "mirepro/toy.py", "params.banks", "7"):
+        with edited(made, "mirepro/stages.py", "    place(finished / \"metrics.json\"", "    os._exit(9)\n    place(finished / \"metrics.json\""):
+            assert made.run("repro", "toy").returncode == 1
+        assert not (made.root / "metrics/desk/toy.json").exists()
+        assert made.run("repro", "toy").returncode == 0
+        record = json.loads((made.root / ".mirepro/provenance/desk/toy.json").read_text())
+        assert record["collected"] is True
+        assert json.loads((made.root / "metrics/desk/toy.json").read_text()) == {"banks": 7}
+    assert made.run("repro").returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_reaches_the_stages(made: Miniature, number: int) -> None:
+    (made.root / "slow").touch()
+    with edited(made, *EDITS["the loop"][:3]):
+        command = [sys.executable, "-m", "mirepro", "repro", "--jobs", "1"]
+        head = subprocess.Popen(command, cwd=made.root, env=made.environment, stderr=subprocess.PIPE, text=True)
+        started = _wait_for(made.root / ".mirepro" / "work", "*/state/started")
+        os.kill(head.pid, number)
+        error = head.communicate(timeout=30)[1]
+        assert head.returncode == 130
+        assert error.strip().splitlines()[-1] == "mirepro: interrupted; the same command continues"
+        assert started.exists()
+        assert not _alive(made.root)
+    (made.root / "slow").unlink()
+    assert made.run("repro").returncode == 0
+    assert made.stale() == set()
+
+
+def _wait_for(folder: Path, pattern: str) -> Path:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        found = next(folder.glob(pattern), None)
+        if found is not None:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{folder}/{pattern} never came")
+
+
+def _alive(root: Path) -> bool:
+    """Whether any process still works in the miniature."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (folder / "cwd").readlink() == root and b"stage" in (folder / "cmdline").read_bytes():
+                return True
+        except OSError:
+            continue
+    return False
+
+
+@pytest.mark.slow
+def test_serial_and_parallel_agree(root: Path, made: Miniature, tmp_path: Path) -> None:
+    other = Miniature(root, tmp_path / "repo")
+    assert other.run("repro", module="dvc").returncode == 0
+    locks = [yaml.safe_load((m.root / "dvc.lock").read_text()) for m in (made, other)]
+    assert locks[0] == locks[1]
+    for name in ("metrics", "tables", "reports", "locks"):
+        for path in (made.root / name).rglob("*.json"):
+            assert path.read_bytes() == (other.root / path.relative_to(made.root)).read_bytes()
+
+
+def test_profiles_share_one_pipeline(root: Path) -> None:
+    copies = list(root.glob("profiles/*/dvc.yaml"))
+    assert copies
+    for copy in copies:
+        assert copy.read_bytes() == (root / "dvc.yaml").read_bytes(), f"cp dvc.yaml {copy}"
+        assert not copy.is_symlink()
+
+
+def test_nothing_persists_and_results_stay_in_git(root: Path) -> None:
+    text = (root / "dvc.yaml").read_text()
+    assert "persist" not in text
+    for line in text.splitlines():
+        if line.strip().startswith(("- metrics/", "- tables/", "- reports/", "- locks/")) and "json:" in line:
+            assert "cache: false" in line
