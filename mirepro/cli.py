@@ -19,6 +19,9 @@ data_app = typer.Typer(no_args_is_help=True, help="Import and check data sets.")
 app.add_typer(data_app, name="data")
 
 Key = Annotated[str | None, typer.Argument(help="a run or a data set, for stages that have several")]
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C ended."""
+
 ProfileName = Annotated[str, typer.Option("--profile", help="a folder of profiles/, or desk")]
 
 
@@ -119,7 +122,7 @@ def import_data(
 ) -> None:
     """Turn CIFAR-10 or COCO into shards with a manifest."""
     root = find_root()
-    from mirepro.data import cifar, coco
+    from mirepro.data import cifar, coco  # type: ignore[attr-defined]
 
     importers: dict[str, Any] = {"cifar10": cifar.convert, "coco": coco.convert}
     if kind not in importers:
@@ -143,7 +146,7 @@ def check(name: Annotated[str | None, typer.Argument(help="a data set [default: 
 def main() -> None:
     """Entry point: bad input is one line and exit 2, Ctrl-C one line and exit 130."""
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
     except UserError as error:
         complain(str(error), 2)
     except TyperException as error:
@@ -153,7 +156,10 @@ def main() -> None:
             raise
         complain(f"{error.name} is not installed in {sys.executable}; run `make setup`, then `. .venv/bin/activate`", 2)
     except (KeyboardInterrupt, typer.Abort):
-        complain("interrupted; the same command continues", 130)
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        complain("interrupted; the same command continues", INTERRUPTED)
+    sys.exit(code)
 
 
 def complain(message: str, code: int) -> None:

@@ -40,13 +40,22 @@ class Job:
 def code(profile: Profile) -> None:
     """Checks all parameters and regenerates the code locks; the only stage that runs every time."""
     profile.check()
+    relock(profile)
+
+
+def relock(profile: Profile) -> None:
+    """Writes the code locks; a data set whose shards are gone loses its receipt, so that its stage runs again.
+
+    Raises:
+        UserError: A data set has no manifest, or the code cannot be read.
+    """
     codelocks.write(profile.root, profile.name, sorted({entry.objective for entry in profile.runs.values()}))
     for name in profile.values["datasets"]:
         folder = profile.root / "data" / name
         if not (folder / "manifest.json").is_file():
-            raise UserError(f"{folder}: no manifest.json; run `mirepro data import {name} PATH`, or restore it from git")
+            raise UserError(f"{folder}: no manifest.json; restore it from git, or `mirepro data import {name} PATH`")
         if not any((folder / "shards").glob("*.tar")):
-            _receipt(profile, name).unlink(missing_ok=True)  # the data are gone, so the stage has to run again
+            _receipt(profile, name).unlink(missing_ok=True)
 
 
 def _receipt(profile: Profile, name: str) -> Path:

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mirepro import profiles, stages
+from mirepro.launch.plan import Pipeline
+
 FAKES = {
     "pretrain.py": """
 from mirepro.params import RunParams
@@ -152,7 +155,7 @@ class Miniature:
         path.write_text(before) if before else path.unlink()
 
     def stale(self) -> set[str]:
-        """Names of the stale stages."""
-        result = self.run("status")
-        assert result.returncode == 0, result.stderr
-        return {line.split(": ")[0] for line in result.stdout.splitlines()[:-1]}
+        """Names of the stale stages, after the code locks were made anew; what `mirepro status` prints."""
+        profile = profiles.load(self.root, "desk")
+        stages.relock(profile)
+        return set(Pipeline(self.root, ["dvc.yaml"]).plan().stale)

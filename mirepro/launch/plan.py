@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,20 +46,22 @@ class Pipeline:
         from dvc.repo import Repo
         from dvc.repo.reproduce import collect_stages, plan_repro
 
+        self._root = root
         try:
-            self._repo = Repo(str(root), _wait_for_lock=True)
-            graph = self._repo.index.graph
-            wanted = collect_stages(self._repo, targets)
-            self._stages = {stage.addressing: stage for stage in plan_repro(graph, wanted)}
+            with chdir(root):  # DVC's addresses are relative to the working directory
+                self._repo = Repo(str(root), _wait_for_lock=True)
+                graph = self._repo.index.graph
+                order = plan_repro(graph, collect_stages(self._repo, targets))
+                self._stages = {stage.addressing: stage for stage in order}
+                self.needs = {s.addressing: {n.addressing for n in graph.successors(s)} for s in order}
         except DvcException as error:
             raise UserError(" ".join(str(error).split()) + "; `mirepro status` lists the stages") from error
-        self.needs = {name: {n.addressing for n in graph.successors(s)} for name, s in self._stages.items()}
 
     def plan(self) -> Plan:
         """Judges every stage; `code` is left out, because it runs every time."""
         reasons: dict[str, str] = {}
         stale: list[str] = []
-        with self._repo.lock:
+        with chdir(self._root), self._repo.lock:
             for name, stage in self._stages.items():
                 if is_code(name):
                     continue
