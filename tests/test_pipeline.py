@@ -15,6 +15,8 @@ import pytest
 import yaml
 from miniature import Miniature
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc")
+
 ALL = {
     "data@desk", "data@scenes", "pretrain@ball-s0", "pretrain@ring-s0", "evaluate@ball-s0", "evaluate@ring-s0",
     "controls", "detect@ring-s0-mask", "toy", "tables", "report",
@@ -92,6 +94,7 @@ def test_dry_run_agrees(made: Miniature) -> None:
         assert "Running stage 'pretrain@ball-s0':" not in lines
 
 
+@pytest.mark.slow
 def test_only_the_edited_stages_run(made: Miniature) -> None:
     name, old, new, expected = EDITS["the toy's parameter"]
     untouched = made.root / ".mirepro" / "provenance" / "desk" / "pretrain@ring-s0.json"
@@ -104,6 +107,7 @@ def test_only_the_edited_stages_run(made: Miniature) -> None:
     assert made.stale() == set()
 
 
+@pytest.mark.slow
 def test_missing_shards_are_made_again(made: Miniature) -> None:
     shutil.rmtree(made.root / "data" / "desk" / "shards")
     assert "data@desk" in made.stale()
@@ -111,6 +115,7 @@ def test_missing_shards_are_made_again(made: Miniature) -> None:
     assert (made.root / "data" / "desk" / "shards" / "0.tar").exists()
 
 
+@pytest.mark.slow
 def test_failure_stops_with_the_log(made: Miniature) -> None:
     with edited(made, "mirepro/toy.py", "def toy(params: ToyParams):", "def toy(params: ToyParams):\n    1 / 0"):
         result = made.run("repro")
@@ -120,6 +125,7 @@ def test_failure_stops_with_the_log(made: Miniature) -> None:
     assert made.run("repro").returncode == 0
 
 
+@pytest.mark.slow
 def test_finished_work_is_collected(made: Miniature) -> None:
     """Killed between computing and placing: the rerun places what stands there."""
     line = '    place(finished / "metrics.json"'
@@ -134,9 +140,11 @@ def test_finished_work_is_collected(made: Miniature) -> None:
     assert made.run("repro").returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_reaches_the_stages(made: Miniature, number: int) -> None:
     (made.root / "slow").touch()
+    shutil.rmtree(made.root / ".mirepro" / "work")
     with edited(made, *EDITS["the loop"][:3]):
         command = [sys.executable, "-m", "mirepro", "repro", "--jobs", "1"]
         head = subprocess.Popen(command, cwd=made.root, env=made.environment, stderr=subprocess.PIPE, text=True)
