@@ -101,7 +101,7 @@ def package(tmp_path: Path) -> Path:
         "ops.py": "from mirepro import reference",
         "reference.py": "",
         "params.py": "class Base: pass\nclass Mine(Base): pass\nclass Other: pass\ndef build(c): return c",
-        "loop.py": "import mirepro.sub.part\nfrom mirepro import objectives, ops\nfrom mirepro.params import Mine, build",
+        "loop.py": "from mirepro import objectives, ops\nimport mirepro.sub.part\nfrom .params import Mine, build",
         "sub/__init__.py": "from mirepro import heavy",
         "sub/part.py": "from ..errors import X\nif TYPE_CHECKING:\n    from mirepro import heavy",
         "sub/page.html": "<p>",
