@@ -122,13 +122,13 @@ def import_data(
 ) -> None:
     """Turn CIFAR-10 or COCO into shards with a manifest."""
     root = find_root()
-    from mirepro.data import cifar, coco  # type: ignore[attr-defined]
+    from mirepro.data import cifar, coco
 
-    importers: dict[str, Any] = {"cifar10": cifar.convert, "coco": coco.convert}
+    importers: dict[str, Any] = {"cifar10": cifar.import_cifar10, "coco": coco.import_coco}
     if kind not in importers:
         raise UserError(f"data import: {kind!r} is unknown; known: {', '.join(importers)}")
-    manifest = importers[kind](path, out or root / "data" / kind)
-    print(json.dumps({name: split["count"] for name, split in manifest["splits"].items()}))
+    for split, counts in importers[kind](path, out or root / "data" / kind).items():
+        print(f"{split}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
 
 
 @data_app.command()
