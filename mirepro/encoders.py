@@ -79,12 +79,13 @@ def _shortcut(
 
 
 class Encoder(nn.Module):
-    """g(x): trunk, average pooling, one linear layer, L2 normalisation."""
+    """g(x): trunk, average pooling, one linear layer (and BatchNorm where `norm` asks for it), L2 normalisation."""
 
-    def __init__(self, arch: str, width: int, stem: str, dim: int, channels: int = 3) -> None:
+    def __init__(self, params: EncoderParams, channels: int = 3) -> None:
         super().__init__()
-        self.trunk = Trunk(arch, width, stem, channels)
-        self.head = nn.Linear(self.trunk.channels[-1], dim)
+        self.trunk = Trunk(params.arch, params.width, params.stem, channels)
+        linear = nn.Linear(self.trunk.channels[-1], params.dim)
+        self.head = nn.Sequential(linear, nn.BatchNorm1d(params.dim, affine=False)) if params.norm else linear
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
         """`(B, C, S, S)` -> C2..C5."""
@@ -106,9 +107,7 @@ class Ensemble(nn.Module):
         super().__init__()
         check(params)
         self.params, self.modalities = params, tuple(modalities)
-        self.encoders = nn.ModuleDict(
-            {name: Encoder(params.arch, params.width, params.stem, params.dim, CHANNELS[name]) for name in modalities}
-        )
+        self.encoders = nn.ModuleDict({name: Encoder(params, CHANNELS[name]) for name in modalities})
         trunks = [self.trunk(name) for name in self.modalities]
         self.strides = trunks[0].strides
         self.channels = [sum(widths) for widths in zip(*(trunk.channels for trunk in trunks), strict=True)]

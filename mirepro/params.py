@@ -17,12 +17,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EncoderParams:
-    """A ResNet trunk and one linear layer to `dim` (paper scale: resnet18, width 64, stem imagenet, dim 128)."""
+    """A ResNet trunk and one linear layer to `dim` (paper scale: resnet18, width 64, stem imagenet, dim 128).
+
+    `norm` puts a BatchNorm without parameters between the layer and the L2 normalisation (not in the author code):
+    embeddings are centred from the first step, which short schedules need.
+    """
 
     arch: str = "resnet10"
     width: int = 16
     stem: str = "small"
     dim: int = 64
+    norm: bool = False
 
 
 @dataclass(frozen=True)

@@ -107,16 +107,17 @@ def test_boxes_masks_and_keypoints_agree(built, name):
 def test_every_keypoint_shows_unless_something_hides_it():
     """Without clutter in front all keypoints of an object inside the image are visible; with it some are not."""
     scene, label = np.arange(480), np.arange(480) % 96
-    layers, draws = desk.layers(scene, label)
-    background = compose.background(draws, [layers[3].colours])
+    layers, draws, order = desk.layers(scene, label)
+    background = compose.background(draws, order)
     shares = []
-    for shown in (layers[:4], layers):
+    target = len(layers) - 2
+    for shown in (layers[: target + 1], layers):
         _, owner = render.scene(shown, *background, desk.SIZE)
-        found = compose.annotations(owner, layers, 3)
+        found = compose.annotations(owner, layers, target)
         v = np.array([one["keypoints"][2::3] for one in found if one]).ravel()
         shares.append((v[v > 0] == 2).mean())
     assert shares[0] > 0.998
-    assert 0.9 < shares[1] < 0.98
+    assert 0.9 < shares[1] < 0.99
 
 
 def test_outlines_have_area_one_and_contain_their_keypoints():

@@ -1,13 +1,13 @@
 """Random things for rendered scenes, and what can be seen of them: boxes, masks, keypoints."""
 
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mirepro import rng
 from mirepro.data import masks, patterns, shapes
-from mirepro.data.render import F64, Draws, Layer, apply, farthest, rotation, visible
+from mirepro.data.render import F64, I64, Draws, Layer, apply, rotation, visible
 
 KEYPOINTS = {
     "names": list(shapes.KEYPOINTS),
@@ -17,22 +17,34 @@ KEYPOINTS = {
 """`flips[i]` is the keypoint that i becomes in a mirror image; shapes are drawn mirrored as often as not."""
 
 
-def pose(draws: Draws, scale: F64, tilt: float) -> F64:
-    """`(B, 2, 2)` random rotation (2 atan(tilt) at most), stretch and mirror image of area scale^2.
+def pose(draws: Draws, scale: F64, tilt: float, mirrored: bool) -> F64:
+    """`(B, 2, 2)` random rotation (2 atan(tilt) at most), stretch and, if `mirrored`, mirror image of area scale^2.
 
     Six draws.
     """
     turn = rotation(draws.between(-tilt, tilt))
     stretch = draws.between(0.88, 1.12)
-    mirror = np.where(draws.take(1)[:, 0] < 0.5, -1.0, 1.0)
+    mirror = np.where(draws.take(1)[:, 0] < 0.5 * mirrored, -1.0, 1.0)
     upside = np.where(draws.take(1)[:, 0] < 0.5, -1.0, 1.0) if tilt == 1 else np.ones_like(mirror)
     wide, high = scale * stretch * mirror * upside, scale / stretch * upside
     return np.stack([turn[..., 0] * wide[:, None], turn[..., 1] * high[:, None]], -1)
 
 
+class Pose(TypedDict):
+    """How freely a thing turns; see `thing`."""
+
+    tilt: float
+    grain: float
+    mirrored: bool
+
+
+CALM: Pose = {"tilt": 0.12, "grain": 0.2, "mirrored": False}
+"""The labelled objects' pose: some 32 images a class must be enough to learn it."""
+
+
 def thing(
-    draws: Draws, outline: NDArray[np.int64], pattern: NDArray[np.int64], centre: F64, scale: F64, colours: F64,
-    tilt: float = 1.0, present: NDArray[np.bool_] | None = None,
+    draws: Draws, outline: I64, pattern: I64, centre: F64, scale: F64, colours: F64,
+    tilt: float = 1.0, grain: float = 1.0, mirrored: bool = True, present: NDArray[np.bool_] | None = None,
 ) -> Layer:  # fmt: skip
     """A layer with a random pose and texture.
 
@@ -44,42 +56,56 @@ def thing(
         scale: `(B,)` square root of its area, pixels.
         colours: `(B, 2, 3)`.
         tilt: See `pose`.
+        grain: The texture turns by 2 atan(grain) at most.
+        mirrored: See `pose`.
         present: `(B,)`, all by default.
     """
-    period = draws.between(5.0, 7.5)
-    texture = rotation(draws.between(-1, 1)) / period[:, None, None]
+    period = draws.between(5.0, 6.5)
+    texture = rotation(draws.between(-grain, grain)) / period[:, None, None]
     present = np.ones(len(outline), bool) if present is None else present
-    axes = pose(draws, scale, tilt)
+    axes = pose(draws, scale, tilt, mirrored)
     corners = apply(axes, shapes.vertex_table()[outline])
     centre = centre - (corners.min(1) + corners.max(1)) / 2
     return Layer(outline, present, centre, axes, pattern, texture, 0.9 * scale / period, colours, draws.take_bits())
 
 
-def colours(draws: Draws) -> F64:
-    """`(B, 2, 3)` two free colours: the second goes a random way towards the farthest of three from the first."""
-    first, rest = draws.take(3), draws.take(9).reshape(-1, 3, 3)
-    contrast = draws.between(0.45, 1.0)[:, None]
-    return np.stack([first, first + contrast * (farthest(rest, [first]) - first)], 1)
+LEVELS = np.array([0.15, 0.5, 0.85])
+"""Brightness of the three parts of a picture, dealt out at random: every outline and texture shows in any channel."""
 
 
-def background(draws: Draws, things: list[F64]) -> tuple[F64, F64, F64]:
-    """Two colours `(B, 2, 3)` that stand out against the things' colours, the fade between them, the light."""
-    others = [pair[:, i] for pair in things for i in range(2)]
-    base = farthest(draws.take(12).reshape(-1, 4, 3), others)
-    second = np.clip(base + (draws.take(3) - 0.5), 0, 1)
+def palette(draws: Draws) -> I64:
+    """`(B, 3)` places in `LEVELS`: background, first and second colour of things, in a random order."""
+    return np.argsort(draws.take(3), axis=1, kind="stable")
+
+
+def tint(draws: Draws, level: F64) -> F64:
+    """`(B, 3)` a free colour near a level."""
+    return np.clip(level[:, None] + draws.between(-0.08, 0.08)[:, None] + 0.4 * (draws.take(3) - 0.5), 0, 1)
+
+
+def colours(draws: Draws, order: I64) -> F64:
+    """`(B, 2, 3)` two free colours at the two levels that the background leaves, either way round."""
+    swap = (draws.take(1)[:, 0] < 0.5).astype(np.int64)
+    rows = np.arange(len(order))
+    return np.stack([tint(draws, LEVELS[order[rows, 1 + (swap + i) % 2]]) for i in range(2)], 1)
+
+
+def background(draws: Draws, order: I64) -> tuple[F64, F64, F64]:
+    """Two colours `(B, 2, 3)` of the background's level, the fade between them, the light."""
+    pair = np.stack([tint(draws, LEVELS[order[:, 0]]) for _ in range(2)], 1)
     fade = 4 * draws.take(2) - 2
-    light = 0.6 * draws.take(2) - 0.3
-    return np.stack([base, second], 1), fade, light
+    light = 0.4 * draws.take(2) - 0.2
+    return pair, fade, light
 
 
-def clutter(draws: Draws, centre: F64, low: float, high: float, chance: float) -> Layer:
+def clutter(draws: Draws, order: I64, centre: F64, low: float, high: float, chance: float) -> Layer:
     """A plain outline with a free pattern; low and high bound the square root of its area in pixels."""
     word = draws.take_bits()
     outline = len(shapes.SHAPES) + rng.mulhi(word[:, 0], len(shapes.OUTLINES) - len(shapes.SHAPES))
     pattern = rng.mulhi(word[:, 1], len(patterns.PATTERNS))
     present = draws.take(1)[:, 0] < chance
     scale = draws.between(low, high)
-    return thing(draws, outline, pattern, centre, scale, colours(draws), present=present)
+    return thing(draws, outline, pattern, centre, scale, colours(draws, order), present=present)
 
 
 def beside(draws: Draws, target: Layer, scale: F64) -> F64:

@@ -27,25 +27,26 @@ META = {
 }
 
 
-def layers(scene: NDArray[np.int64], label: NDArray[np.int64]) -> tuple[list[render.Layer], render.Draws]:
-    """The things of each scene from back to front: three of clutter, the object, one that may hide a part of it."""
+def layers(scene: NDArray[np.int64], label: NDArray[np.int64]) -> tuple[list[render.Layer], render.Draws, render.I64]:
+    """The things of each scene from back to front: two of clutter, the object, one that may hide a part of it."""
     draws = render.Draws(scene, DRAWS)
-    scale = draws.between(12.5, 17.5)
+    scale = draws.between(14.5, 17.5)
     offset = np.stack([draws.between(-1, 1), draws.between(-1, 1)], 1)
     centre = SIZE / 2 + offset * (SIZE / 2 - 0.8 * scale)[:, None]
-    pair = compose.colours(draws)
+    order = compose.palette(draws)
+    pair = compose.colours(draws, order)
     shape, pattern = label // len(PATTERNS), label % len(PATTERNS)
-    target = compose.thing(draws, shape, pattern, centre, scale, pair, tilt=0.3)
-    behind = [compose.clutter(draws, SIZE * draws.take(2), 4.0, 9.0, 0.75) for _ in range(3)]
-    hiding = compose.clutter(draws, compose.beside(draws, target, scale), 4.5, 7.0, 0.75)
-    return [*behind, target, hiding], draws
+    target = compose.thing(draws, shape, pattern, centre, scale, pair, **compose.CALM)
+    behind = [compose.clutter(draws, order, SIZE * draws.take(2), 4.0, 7.0, 0.5) for _ in range(2)]
+    hiding = compose.clutter(draws, order, compose.beside(draws, target, scale), 4.0, 6.0, 0.5)
+    return [*behind, target, hiding], draws, order
 
 
 def batch(scene: NDArray[np.int64], label: NDArray[np.int64]) -> list[Sample]:
     """Renders scenes (B,) with given classes (B,)."""
-    things, draws = layers(scene, label)
+    things, draws, order = layers(scene, label)
     target = len(things) - 2
-    images, owner = render.scene(things, *compose.background(draws, [things[target].colours]), SIZE)
+    images, owner = render.scene(things, *compose.background(draws, order), SIZE)
     objects = compose.annotations(owner, things, target)
     return [
         Sample(f"{number:06d}", compose.ppm(image), ".ppm", int(c), [one] if one else [])

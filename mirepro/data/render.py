@@ -19,6 +19,7 @@ GENERATOR = 20051314
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
 
 
 class Draws:
@@ -78,20 +79,6 @@ def inverse(matrix: F64) -> F64:
     (a, b), (c, d) = (matrix[:, 0, 0], matrix[:, 0, 1]), (matrix[:, 1, 0], matrix[:, 1, 1])
     det = a * d - b * c
     return np.stack([np.stack([d / det, -b / det], -1), np.stack([-c / det, a / det], -1)], -2)
-
-
-def distance(a: F64, b: F64) -> F64:
-    """Euclidean distance of colours along the last axis (three terms in a fixed order)."""
-    d = a - b
-    return np.sqrt(d[..., 0] * d[..., 0] + d[..., 1] * d[..., 1] + d[..., 2] * d[..., 2])
-
-
-def farthest(candidates: F64, others: list[F64]) -> F64:
-    """Of each scene's candidates `(B, C, 3)` the one whose nearest other colour `(B, 3)` is farthest away."""
-    nearest = distance(candidates, others[0][:, None])
-    for other in others[1:]:
-        nearest = np.minimum(nearest, distance(candidates, other[:, None]))
-    return candidates[np.arange(len(candidates)), np.argmax(nearest, axis=1)]
 
 
 def _grid(size: int) -> tuple[F32, F32]:

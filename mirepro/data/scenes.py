@@ -35,30 +35,30 @@ def _place(draws: render.Draws, scale: render.F64, others: list[render.Layer]) -
     return spots[np.arange(len(spots)), np.argmax(room, axis=1)]
 
 
-def layers(scene: NDArray[np.int64]) -> tuple[list[render.Layer], render.Draws]:
+def layers(scene: NDArray[np.int64]) -> tuple[list[render.Layer], render.Draws, render.I64]:
     """Four pieces of clutter, three objects (one or two of them may be absent), two pieces that may hide parts."""
     draws = render.Draws(scene, DRAWS)
-    behind = [compose.clutter(draws, SIZE * draws.take(2), 5.0, 12.0, 0.75) for _ in range(4)]
+    order = compose.palette(draws)
+    behind = [compose.clutter(draws, order, SIZE * draws.take(2), 5.0, 9.0, 0.5) for _ in range(4)]
     objects: list[render.Layer] = []
     for i in range(OBJECTS):
         word = draws.take_bits()
         shape, pattern = rng.mulhi(word[:, 0], len(SHAPES)), rng.mulhi(word[:, 1], len(PATTERNS))
-        scale = draws.between(12.5, 20.0)
+        scale = draws.between(14.0, 19.0)
         centre = _place(draws, scale, objects)
         present = i <= scene % OBJECTS
-        pair = compose.colours(draws)
-        objects.append(compose.thing(draws, shape, pattern, centre, scale, pair, tilt=0.3, present=present))
-    hiding = [compose.clutter(draws, compose.beside(draws, o, np.full(len(scene), 16.0)), 3.5, 6.0, 0.4)
+        pair = compose.colours(draws, order)
+        objects.append(compose.thing(draws, shape, pattern, centre, scale, pair, present=present, **compose.CALM))
+    hiding = [compose.clutter(draws, order, compose.beside(draws, o, np.full(len(scene), 16.0)), 3.5, 6.0, 0.4)
               for o in objects[:2]]  # fmt: skip
-    return [*behind, *objects, *hiding], draws
+    return [*behind, *objects, *hiding], draws, order
 
 
 def batch(scene: NDArray[np.int64]) -> list[Sample]:
     """Renders scenes (B,)."""
-    things, draws = layers(scene)
+    things, draws, order = layers(scene)
     targets = range(4, 4 + OBJECTS)
-    pairs = [things[i].colours for i in targets]
-    images, owner = render.scene(things, *compose.background(draws, pairs), SIZE)
+    images, owner = render.scene(things, *compose.background(draws, order), SIZE)
     found = [compose.annotations(owner, things, i) for i in targets]
     return [
         Sample(f"{number - FIRST:06d}", compose.ppm(image), ".ppm", None, [one for one in objects if one])
