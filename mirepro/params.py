@@ -121,42 +121,54 @@ class ToyParams:
 
 
 @dataclass(frozen=True)
+class HeadParams:
+    """A mask or keypoint head: cells per side of a pooled object, channels and number of 3x3 convolutions."""
+
+    pool: int
+    width: int
+    layers: int
+
+
+@dataclass(frozen=True)
 class DetectParams:
-    """Detection: sizes in pixels or cells unless a comment says otherwise; small heads for small images."""
+    """Detection with small heads for small images (torchvision's sizes: fpn 256, box_pool 7, box_hidden 1024, ...).
+
+    The long schedule has `long` times as many epochs. `warmup` is the share of the steps with a rising learning rate,
+    `clip` the largest norm of a gradient. Anchors are shares of the image's side, one per level of the pyramid, each
+    also times `scales`; RoI pooling takes an object of `canonical` x side from the second level. `heatmap` enlarges the
+    keypoint head's maps after their deconvolution. `sensitivity` are factors of the data's OKS sigmas at which keypoint
+    AP is stated too.
+    """
 
     data: str = "scenes"
     size: int = 64
-    batch: int = 16
-    epochs: int = 6
+    batch: int = 8
+    epochs: int = 4
     long: int = 2
-    """Factor of the long schedule."""
-    lrs: tuple[float, ...] = (0.001, 0.003, 0.01)
-    fixed_lr: float = 0.003
+    lrs: tuple[float, ...] = (0.002, 0.004, 0.008)
+    fixed_lr: float = 0.004
     weight_decay: float = 1e-4
     clip: float = 5.0
-    """Largest norm of a gradient."""
     warmup: float = 0.1
-    """Share of the steps with a rising learning rate; a linear fall to 0 follows."""
-    anchors: tuple[float, ...] = (0.16, 0.32, 0.64)
-    """Anchor side per level, as a share of the image's side; each also times sqrt(2)."""
-    canonical: float = 0.56
     min_stride: int = 4
-    fpn: int = 32
-    box_pool: int = 5
+    anchors: tuple[float, ...] = (0.3, 0.42)
+    scales: tuple[float, ...] = (1.0,)
+    canonical: float = 0.56
+    fpn: int = 40
+    box_pool: int = 4
     box_hidden: int = 128
-    head_pool: int = 7
-    head_width: int = 32
-    head_layers: int = 1
-    proposals_before: int = 100
-    proposals: int = 40
-    rpn_samples: int = 64
+    mask: HeadParams = field(default_factory=lambda: HeadParams(7, 32, 1))
+    keypoint: HeadParams = field(default_factory=lambda: HeadParams(6, 64, 4))
+    heatmap: int = 2
+    sampling: int = 1
+    proposals_before: int = 30
+    proposals: int = 20
+    rpn_samples: int = 32
     roi_samples: int = 16
     roi_positive: float = 0.5
-    sampling: int = 1
     score: float = 0.02
     detections: int = 15
     sensitivity: tuple[float, ...] = (0.5, 2.0)
-    """Factors of the data's OKS sigmas at which keypoint AP is stated too."""
 
 
 def build(cls: type[T], values: Mapping[str, Any] | None, where: str) -> T:

@@ -13,14 +13,15 @@ import torch
 from mirepro import encoders
 from mirepro.data import shards
 from mirepro.errors import UserError
-from mirepro.params import DetectParams, EncoderParams
+from mirepro.params import DetectParams, EncoderParams, HeadParams
 from mirepro.transfer import coco_eval, detection, detection_data, detection_model
 from mirepro.transfer.coco_eval import Prediction
 
 SIZE = 32
 TINY = DetectParams(
-    size=SIZE, batch=8, epochs=1, fpn=8, box_hidden=16, head_width=8, head_pool=6, proposals=10, detections=5,
-    lrs=(0.001, 0.003), fixed_lr=0.001, anchors=(0.2, 0.3, 0.45), min_stride=2,
+    size=SIZE, batch=8, epochs=1, fpn=8, box_hidden=16, mask=HeadParams(6, 8, 1), keypoint=HeadParams(6, 8, 1),
+    lrs=(0.001, 0.003), fixed_lr=0.001, anchors=(0.2, 0.3, 0.45), scales=(1.0, 1.41), min_stride=2, proposals=10,
+    detections=5,
 )  # fmt: skip
 
 
@@ -264,7 +265,7 @@ def test_interrupted_stage_resumes_to_the_same_bits(
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "least"), [("mask", 60.0), ("keypoint", 60.0)])
 def test_training_learns_and_an_untrained_detector_does_not(model: str, least: float, pretrained: Path) -> None:
-    params = dataclasses.replace(TINY, epochs=30, fpn=16, box_hidden=32, head_width=16)
+    params = dataclasses.replace(TINY, epochs=30, fpn=16, box_hidden=32)
     train, val = (_load(FakeSplit(n, n), model, SIZE) for n in (64, 32))
     detector = _detector(model, pretrained, params=params)
     untrained = detection.score(val, detection.predict(detector, val.images, 16), model, params)

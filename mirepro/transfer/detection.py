@@ -131,7 +131,7 @@ def train(detector: Detector, scenes: Scenes, variant: Variant, params: DetectPa
     feed = Feed(detector, scenes.images, params.batch, variant.frozen)
     set_mode(detector, True, variant.frozen)
     weights = [p for p in detector.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(weights, variant.lr, weight_decay=params.weight_decay)
+    optimiser = torch.optim.AdamW(weights, variant.lr, weight_decay=params.weight_decay, fused=True)
     epochs = params.epochs * variant.length
     steps = epochs * max(1, n // params.batch)
     for step, index, mirrored in batches(n, params.batch, epochs, seed):

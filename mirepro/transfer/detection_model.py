@@ -150,8 +150,8 @@ def build(trunk: nn.Module, model: str, params: DetectParams, categories: int, k
     """
     norm = norm_layer(params.batch)
     backbone = Backbone(trunk, params, norm)
-    sizes = tuple((share * params.size, share * params.size * math.sqrt(2)) for share in params.anchors)
-    anchors = AnchorGenerator(sizes, (ASPECTS,) * len(sizes))
+    sides = tuple(tuple(share * params.size * scale for scale in params.scales) for share in params.anchors)
+    anchors = AnchorGenerator(sides, (ASPECTS,) * len(sides))
     width, hidden = params.fpn, params.box_hidden
     common: dict[str, Any] = {
         "min_size": params.size, "max_size": params.size, "image_mean": [0.0] * 3, "image_std": [1.0] * 3,
@@ -165,13 +165,15 @@ def build(trunk: nn.Module, model: str, params: DetectParams, categories: int, k
         "box_predictor": FastRCNNPredictor(hidden, categories + 1),
         "box_score_thresh": params.score, "box_detections_per_img": params.detections,
     }  # fmt: skip
-    pool = _pool(backbone, params, params.head_pool)
-    head = MaskRCNNHeads(width, [params.head_width] * params.head_layers, 1, norm)
+    sizes = params.mask if model == "mask" else params.keypoint
+    pool = _pool(backbone, params, sizes.pool)
+    head = MaskRCNNHeads(width, [sizes.width] * sizes.layers, 1, norm)
     if model == "mask":
-        predictor = MaskRCNNPredictor(params.head_width, params.head_width, categories + 1)
+        predictor = MaskRCNNPredictor(sizes.width, sizes.width, categories + 1)
         rcnn = MaskRCNN(backbone, mask_roi_pool=pool, mask_head=head, mask_predictor=predictor, **common)
     else:
-        last = KeypointRCNNPredictor(params.head_width, keypoints)
+        last = KeypointRCNNPredictor(sizes.width, keypoints)
+        last.up_scale = params.heatmap
         rcnn = KeypointRCNN(backbone, keypoint_roi_pool=pool, keypoint_head=head, keypoint_predictor=last, **common)
     return Detector(rcnn, params.size)
 
