@@ -136,8 +136,8 @@ class DetectParams:
     The long schedule has `long` times as many epochs. `warmup` is the share of the steps with a rising learning rate,
     `clip` the largest norm of a gradient. Anchors are shares of the image's side, one per level of the pyramid, each
     also times `scales`; RoI pooling takes an object of `canonical` x side from the second level. `heatmap` enlarges the
-    keypoint head's maps after their deconvolution. `sensitivity` are factors of the data's OKS sigmas at which keypoint
-    AP is stated too.
+    keypoint head's maps after their deconvolution. `oks_sigma` holds for every keypoint (null: the data's own, as for
+    COCO); `sensitivity` are factors of it at which keypoint AP is stated too.
     """
 
     data: str = "scenes"
@@ -168,6 +168,7 @@ class DetectParams:
     roi_positive: float = 0.5
     score: float = 0.02
     detections: int = 15
+    oks_sigma: float | None = 0.05
     sensitivity: tuple[float, ...] = (0.5, 2.0)
 
 

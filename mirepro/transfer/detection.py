@@ -159,17 +159,15 @@ def predict(detector: Detector, images: Tensor, batch: int) -> list[Prediction]:
 
 
 def _prediction(item: dict[str, Tensor]) -> Prediction:
-    boxes = item["boxes"].double().numpy().copy()
+    boxes = item["boxes"].double().numpy()
     boxes[:, 2:] -= boxes[:, :2]
     masks = [coco_eval.encode(mask[0]) for mask in (item["masks"] >= 0.5).numpy()] if "masks" in item else None
-    points = None
-    if "keypoints" in item:
-        points = item["keypoints"].double().numpy().copy()
+    points = item["keypoints"].double().numpy() if "keypoints" in item else None
     return Prediction(boxes, item["scores"].double().numpy(), item["labels"].numpy() - 1, masks, points)
 
 
 def score(scenes: Scenes, predictions: Sequence[Prediction], model: str, params: DetectParams) -> dict[str, Any]:
-    """COCO's numbers per task; keypoint AP also at other OKS sigmas (`AP@x0.5` = half of the data's)."""
+    """COCO's numbers per task; keypoint AP also at other OKS sigmas (`AP@x0.5` = half of them)."""
     truth = scenes.truth()
     stats: dict[str, Any] = {"box": coco_eval.evaluate(truth, predictions, "box")}
     stats[model] = coco_eval.evaluate(truth, predictions, model, scenes.sigmas or None)
@@ -249,6 +247,27 @@ def _protocol(name: str, variant: Variant, model: str, params: DetectParams) -> 
     )
 
 
+def _variants(chosen: float, params: DetectParams) -> dict[str, Variant]:
+    return {
+        "tuned": Variant(chosen),
+        "fixed": Variant(params.fixed_lr),
+        "long": Variant(chosen, params.long),
+        "frozen": Variant(chosen, frozen=True),
+    }
+
+
+def _cells(
+    stats: dict[str, Any], variants: dict[str, Variant], model: str, params: DetectParams
+) -> dict[str, dict[str, Any]]:
+    """`<task>_<statistic>_<variant>` with the protocol beside each number."""
+    return {
+        f"{task}_{name}_{label}": {"value": value, "unit": "%", "protocol": _protocol(label, variant, model, params)}
+        for label, variant in variants.items()
+        for task, values in stats[label].items()
+        for name, value in values.items()
+    }
+
+
 def detect(
     run: str,
     row: str,
@@ -278,9 +297,11 @@ def detect(
         UserError: Bad parameters, data without such objects, or anchors that miss more than 5 % of val's boxes.
     """
     check(model, params)
-    train_set, val = (
-        detection_data.load(shards.open(data_folder, split), model, params.size) for split in ("train", "val")
-    )
+
+    def read(split: str) -> Scenes:
+        return detection_data.load(shards.open(data_folder, split), model, params.size, params.oks_sigma)
+
+    train_set, val = read("train"), read("val")
 
     def fresh() -> Detector:
         trunk = encoders.load(pretrained / "encoder.safetensors")
@@ -294,31 +315,20 @@ def detect(
     key = _fingerprint(plain(params), seed, model, pretrained=pretrained, data_folder=data_folder)
     bench = Bench(fresh, train_set, params, seed, out.parent / "work" / f"{out.name}-{key}")
     chosen, grid = _choose(bench, val, model, params)
-    variants = {
-        "tuned": Variant(chosen),
-        "fixed": Variant(params.fixed_lr),
-        "long": Variant(chosen, params.long),
-        "frozen": Variant(chosen, frozen=True),
-    }
+    variants = _variants(chosen, params)
     detectors = {variant: bench.detector(variant) for variant in dict.fromkeys(variants.values())}
-    test = detection_data.load(shards.open(data_folder, "test"), model, params.size)
+    test = read("test")
     found = {variant: predict(detector, test.images, params.batch) for variant, detector in detectors.items()}
-    stats = {variant: score(test, predictions, model, params) for variant, predictions in found.items()}
+    stats = {label: score(test, found[variant], model, params) for label, variant in variants.items()}
     files.write_json(out / "detections.json", _shown(found[variants["tuned"]]))
     shutil.rmtree(bench.work, ignore_errors=True)
-    cells = {
-        f"{task}_{name}_{label}": {"value": value, "unit": "%", "protocol": _protocol(label, variant, model, params)}
-        for label, variant in variants.items()
-        for task, values in stats[variant].items()
-        for name, value in values.items()
-    }
+    per_epoch = params.batch * max(1, len(train_set.images) // params.batch)
     detail = {
         "anchor_recall": recall, "categories": train_set.categories, "chosen": chosen, "grid": grid,
         "images": {"train": len(train_set.images), "val": len(val.images), "test": len(test.images)},
-        "images_seen": {k: params.batch * max(1, len(train_set.images) // params.batch) * params.epochs * v.length
-                        for k, v in variants.items()},
+        "images_seen": {label: per_epoch * params.epochs * variant.length for label, variant in variants.items()},
         "oks_sigmas": train_set.sigmas, "parameters": encoders.count(detectors[variants["tuned"]]),
         "trials": len(params.lrs),
     }  # fmt: skip
     head = {"schema": "mirepro.metrics/1", "stage": "detect", "run": run, "row": row, "seed": seed, "model": model}
-    return head | {"cells": cells, "detail": detail}
+    return head | {"cells": _cells(stats, variants, model, params), "detail": detail}

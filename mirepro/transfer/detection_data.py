@@ -39,13 +39,14 @@ class Scenes:
         return coco_eval.ground_truth(self.objects, self.images.shape[-1], len(self.categories))
 
 
-def load(split: shards.Split, model: str, size: int) -> Scenes:
+def load(split: shards.Split, model: str, size: int, sigma: float | None = None) -> Scenes:
     """Reads a split for one model.
 
     Args:
         split: Opened split of a data set with objects.
         model: "mask", or "keypoint", which uses the categories that have keypoints only.
         size: Side in pixels.
+        sigma: OKS sigma of every keypoint; None takes the data's own.
 
     Raises:
         UserError: The data have no such objects.
@@ -66,7 +67,7 @@ def load(split: shards.Split, model: str, size: int) -> Scenes:
         kept,
         (targets, [_mirror(target, size, swap) for target in targets]),
         [split.categories[category] for category in used],
-        [float(sigma) for sigma in points.get("sigmas", [])],
+        [float(own if sigma is None else sigma) for own in points.get("sigmas", [])],
     )
 
 
