@@ -158,7 +158,7 @@ class DetectParams:
     box_pool: int = 4
     box_hidden: int = 128
     mask: HeadParams = field(default_factory=lambda: HeadParams(7, 32, 1))
-    keypoint: HeadParams = field(default_factory=lambda: HeadParams(6, 64, 4))
+    keypoint: HeadParams = field(default_factory=lambda: HeadParams(5, 64, 4))
     heatmap: int = 2
     sampling: int = 1
     proposals_before: int = 30
