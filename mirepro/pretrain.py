@@ -150,6 +150,8 @@ class Trainer:
         z = {
             name: torch.cat([part[name] for part in parts]).detach().requires_grad_() for name in self.model.modalities
         }
+        if not all(torch.isfinite(value).all() for value in z.values()):
+            raise self._diverged("an embedding is not finite")
         self.optimiser.zero_grad()
         position = self.position()
         output = self.objective(z, self.banks, index, position, self.classes[index])
@@ -188,7 +190,7 @@ class Trainer:
     def _count(self, output: Output) -> None:
         loss = float(output.loss.detach())
         if not math.isfinite(loss):
-            raise UserError(f"{self.run.row}-s{self.run.seed}: loss is {loss} at step {self.step}; lower optim.lr")
+            raise self._diverged(f"the loss is {loss}")
         self.sums["loss"] += loss
         self.sums["estimate"] += math.nan if output.estimate is None else output.estimate
         self.step += 1
@@ -198,6 +200,9 @@ class Trainer:
             previous = self.chain[-1]["chain"] if self.chain else ""
             link = determinism.chain(previous, self.step, parts)
             self.chain.append({"step": self.step, "chain": link, "tensors": parts})
+
+    def _diverged(self, what: str) -> UserError:
+        return UserError(f"{self.run.row}-s{self.run.seed}: {what} at step {self.step}; lower optim.lr")
 
     def finish(self, epoch: int) -> None:
         """Ends an epoch: one line of history."""
@@ -242,7 +247,7 @@ class Trainer:
     @torch.no_grad()
     def calibrate(self) -> None:
         """BatchNorm statistics by one pass over plain training images, for an encoder that takes no step."""
-        norms = [m for m in self.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        norms = [m for m in self.model.modules() if isinstance(m, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d)]
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None

@@ -1,9 +1,15 @@
-"""Live progress on a terminal; silence elsewhere."""
+"""Live progress on a terminal, a line in a file for a launcher, silence elsewhere."""
 
+import os
+import time
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+REPORT = "MIREPRO_PROGRESS"  # environment variable: the file a launcher reads
+SECONDS = 1.0  # between two lines
 
 
 class Bar:
@@ -18,7 +24,8 @@ class Bar:
 
     def __init__(self, title: str, total: int, done: int = 0, unit: str = "images") -> None:
         console = Console(stderr=True)
-        self._unit = unit
+        self._unit, self._done, self._total = unit, done, total
+        self._report, self._reported = os.environ.get(REPORT), 0.0
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -46,3 +53,7 @@ class Bar:
         speed = self._progress.tasks[0].speed
         rate = f"{speed:.0f} {self._unit}/s" if speed else ""
         self._progress.update(self._task, advance=amount, figures=text, rate=rate)
+        self._done += amount
+        if self._report and time.monotonic() - self._reported > SECONDS:
+            self._reported = time.monotonic()
+            Path(self._report).write_text(f"{self._done / max(1, self._total):.0%}  {text}", encoding="utf-8")

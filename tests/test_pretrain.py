@@ -1,0 +1,213 @@
+"""Pretraining with real processes: resume after kill -9, damaged and foreign checkpoints, split discipline."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mirepro import checkpoint, diff, encoders, objectives, pretrain, rng
+from mirepro.data import shards
+from mirepro.errors import UserError
+from mirepro.params import EncoderParams, OptimParams, PretrainParams, RunParams, ViewParams
+
+SMALL = PretrainParams(
+    epochs=3,
+    batch=16,
+    monitor=1,
+    digest=2,
+    encoder=EncoderParams(width=4, stem="tiny", dim=8, norm=True),
+    optim=OptimParams(lr=0.02, schedule="cosine"),
+    views=ViewParams(size=16),
+)
+
+
+def samples(first: int, n: int):
+    noise = rng.words(first, rng.Stream.TOY, 0, np.arange(n), 192).view(np.uint8).reshape(n, 16, 16, 3)
+    for i in range(n):
+        yield shards.Sample(f"{i:04d}", b"P6\n16 16\n255\n" + noise[i].tobytes(), ".ppm", i % 4, [])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    splits = {"train": samples(1, 80), "val": samples(2, 24), "test": samples(3, 24)}
+    shards.write(folder, "tiny", splits, {"classes": ["a", "b", "c", "d"]})
+    return folder
+
+
+def run(objective: str = "ir", seed: int = 0, **changes) -> RunParams:
+    options = {"classes": 4} if objective == "supervised" else {"k": 5}
+    if objective in ("la", "cave", "cave_numerator"):
+        options |= {"n_clusters": 8}
+    return RunParams(objective, seed, objective, options, dataclasses.replace(SMALL, **changes))
+
+
+def train(params: RunParams, data: Path, work: Path, fingerprint: str = "f") -> Path:
+    out = work / "out"
+    for folder in (work, out):
+        folder.mkdir(parents=True, exist_ok=True)
+    pretrain.pretrain(params, data, work, out, fingerprint)
+    return out
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("name", objectives.names())
+def test_every_objective_trains_and_its_artefacts_load(name, data, tmp_path):
+    params = run(name, epochs=0 if name == "random" else 3)
+    out = tmp_path / "out"
+    out.mkdir()
+    metrics = pretrain.pretrain(params, data, tmp_path, out, "f")
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert len(history) == params.pretrain.epochs
+    assert all(np.isfinite(line["loss"]) for line in history)
+    assert metrics["cells"]["images_seen"]["value"] == 80 * params.pretrain.epochs
+    model = encoders.load(out / "encoder.safetensors")
+    z = model.embed(torch.rand(2, 3, 16, 16))
+    assert all(torch.allclose(value.norm(dim=1), torch.ones(2), atol=1e-5) for value in z.values())
+    claims = objectives.load(name).claim != "no"
+    assert (metrics["cells"]["estimate"]["value"] is not None) == claims
+
+
+def test_equal_runs_have_equal_bytes_and_another_seed_differs(data, tmp_path):
+    first, again = (train(run(), data, tmp_path / name) for name in ("a", "b"))
+    assert bytes_of(first) == bytes_of(again)
+    assert diff.diff(first, again) is None
+    other = train(run(seed=1), data, tmp_path / "c")
+    assert bytes_of(first)["encoder.safetensors"] != bytes_of(other)["encoder.safetensors"]
+    assert "step 2" in (diff.diff(first, other) or "")
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from mirepro import pretrain
+from tests.test_pretrain import run
+pretrain.CHECKPOINT_SECONDS = 0.0
+work = Path(sys.argv[2])
+(work / "out").mkdir(parents=True, exist_ok=True)
+pretrain.pretrain(run(sys.argv[3], epochs=30), Path(sys.argv[1]), work, work / "out", "f")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ir", "la", "cmc_nce", "supervised"])
+def test_kill_9_at_random_moments_changes_no_bit(name, data, tmp_path):
+    whole = train(run(name, epochs=30), data, tmp_path / "whole")
+    work, kills = tmp_path / "killed", 0
+    command = [sys.executable, "-c", PROGRAM, str(data), str(work), name]
+    for attempt in range(12):
+        process = subprocess.Popen(command, env=os.environ)
+        deadline = time.monotonic() + 60
+        before = _stamp(work)
+        while process.poll() is None and _stamp(work) == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.03 * (attempt % 7))
+        if attempt < 8 and process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        if process.wait() == 0:
+            break
+    assert kills >= 2
+    assert process.returncode == 0
+    assert bytes_of(work / "out") == bytes_of(whole)
+
+
+def _stamp(work: Path) -> int:
+    path = work / checkpoint.NAME
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_a_foreign_one_is_refused(data, tmp_path, capsys):
+    for value in (1.0, 2.0):
+        checkpoint.save(tmp_path, "mine", {"x": torch.tensor([value])}, {"epoch": int(value)})
+    loaded = checkpoint.load(tmp_path, "mine")
+    assert loaded is not None
+    assert loaded.facts["epoch"] == 2
+    current = tmp_path / checkpoint.NAME
+    current.write_bytes(current.read_bytes()[:-7])
+    loaded = checkpoint.load(tmp_path, "mine")
+    assert loaded is not None
+    assert loaded.facts["epoch"] == 1
+    assert "damaged" in capsys.readouterr().err
+    with pytest.raises(UserError, match="another run"):
+        checkpoint.load(tmp_path, "theirs")
+    checkpoint.clear(tmp_path)
+    assert checkpoint.load(tmp_path, "mine") is None
+
+
+def test_pretraining_never_opens_the_test_split(data, tmp_path, monkeypatch):
+    opened, original = [], shards.open
+    monkeypatch.setattr(shards, "open", lambda folder, split: opened.append(split) or original(folder, split))
+    train(run(), data, tmp_path)
+    assert sorted(set(opened)) == ["train", "val"]
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"batch": 81}, "batch"),
+        ({"batch": 0}, "batch"),
+        ({"shards": 3}, "shards"),
+        ({"epochs": -1}, "epochs"),
+        ({"precision": "int8"}, "precision"),
+        ({"optim": OptimParams(schedule="linear")}, "schedule"),
+        ({"encoder": EncoderParams(arch="vit")}, "arch"),
+        ({"encoder": EncoderParams(width=0)}, "width"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(data, tmp_path, change, key):
+    with pytest.raises(UserError, match=key):
+        train(run(**change), data, tmp_path)
+
+
+def test_shards_are_part_of_the_protocol_and_gradients_add_up_in_a_tree(data, tmp_path):
+    one, two = (train(run(shards=n), data, tmp_path / str(n)) for n in (1, 2))
+    assert bytes_of(one)["encoder.safetensors"] != bytes_of(two)["encoder.safetensors"]  # BatchNorm sees a shard alone
+    parts = [[torch.tensor([1e8])], [torch.tensor([1.0])], [torch.tensor([-1e8])], [torch.tensor([1.0])]]
+    assert float(pretrain.tree_sum(parts)[0]) == float((parts[0][0] + parts[1][0]) + (parts[2][0] + parts[3][0]))
+    assert [float(t) for t in pretrain.tree_sum([[torch.tensor(3.0)]])] == [3.0]
+
+
+def test_without_normalisation_shards_give_the_gradient_of_the_whole_batch(data):
+    gradients = []
+    for n in (1, 4):
+        trainer = pretrain.Trainer(run(shards=n), shards.open(data, "train"), shards.open(data, "val"))
+        trainer.begin(0)
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d):
+                module.eval()
+        trainer.train_step(trainer.batches(0)[0])
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]))
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+    assert gradients[0].abs().max() > 1e-3
+
+
+def test_schedules():
+    rate = pretrain.learning_rate
+    assert [rate(OptimParams(lr=1.0, schedule="step"), p) for p in (0.0, 0.59, 0.6, 0.9)] == pytest.approx(
+        [1, 1, 0.1, 0.01]
+    )
+    assert rate(OptimParams(lr=1.0, schedule="cosine"), 0.5) == pytest.approx(0.5)
+    assert rate(OptimParams(lr=1.0, warmup=0.1), 0.05) == pytest.approx(0.5)
+
+
+def test_mixed_precision_is_a_parameter(data, tmp_path):
+    full = train(run(), data, tmp_path / "full")
+    half = train(run(precision="bfloat16"), data, tmp_path / "half")
+    assert bytes_of(full)["encoder.safetensors"] != bytes_of(half)["encoder.safetensors"]
+
+
+def test_a_diverging_run_says_so(data, tmp_path):
+    with pytest.raises(UserError, match=r"lower optim\.lr"):
+        train(run(optim=OptimParams(lr=1e30)), data, tmp_path)
