@@ -74,6 +74,7 @@ def configure_torch(tier: str, threads: int) -> None:
     torch.set_num_threads(threads)
     if tier != "fast":
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
 
