@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mirepro import metrics
-from mirepro.data import shards
+from mirepro.data import gate, shards
 from mirepro.params import EvaluateParams
 from mirepro.transfer import knn, linear
 
@@ -18,8 +18,7 @@ _CELL, _BINS = 8, 9
 
 def colour(split: shards.Split) -> NDArray[np.float32]:
     """`(N, 6)`: mean and standard deviation of each channel."""
-    x = split.images(None).astype(np.float64)
-    return np.concatenate([x.mean((2, 3)), x.std((2, 3))], 1).astype(np.float32)
+    return gate.colour(split.images(None)).astype(np.float32)
 
 
 def pixels(split: shards.Split) -> NDArray[np.float32]:
@@ -48,12 +47,8 @@ def hog(split: shards.Split) -> NDArray[np.float32]:
 
 
 def area_position(split: shards.Split) -> NDArray[np.float32]:
-    """`(N, 5)`: area of the first object's mask, centre, width and height of its box, pixels."""
-    rows = []
-    for objects in split.objects:
-        x, y, w, h = objects[0]["bbox"]
-        rows.append([objects[0]["area"], x + w / 2, y + h / 2, w, h])
-    return np.array(rows, np.float32)
+    """`(N, 3)`: area of the object's mask and centre of its box; width and height would reveal the outline."""
+    return gate.area_position(split.objects).astype(np.float32)
 
 
 CONTROLS = {"colour": colour, "area_position": area_position, "pixels": pixels, "hog": hog}
