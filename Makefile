@@ -37,8 +37,8 @@ lint: $(VENV)/packages.stamp  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-bench: setup  ## speed of the compiled operators
-	@for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+bench: setup  ## speed of the compiled operators against torch and faiss
+	@$(BIN)/python -m benchmarks.bank
 
 lock:  ## resolve requirements.lock anew (needs uv)
 	uv pip compile pyproject.toml --extra dev --generate-hashes --python-version 3.11 \

@@ -1,0 +1,80 @@
+"""The committed results in a clone without data or cache: locks are current, and a sample of them comes out again."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ("evaluate@ir-s0", "toy")  # with what they need: data, one pretraining
+TRACKED = ("dvc.lock", "locks", "metrics", "tables", "reports")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ROOT / "dvc.lock").exists(), reason="nothing has been committed to compare with"),
+]
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """A clone of the committed state, with this checkout's compiled operators and a `mirepro` that runs the clone."""
+    folder = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
+    for library in (ROOT / "mirepro").glob("*.so"):
+        shutil.copy(library, folder / "mirepro")
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    script = commands / "mirepro"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mirepro.cli "$@"\n')
+    script.chmod(0o755)
+    return folder
+
+
+def execute(clone: Path, *command: str) -> str:
+    path = os.pathsep.join([str(clone.parent / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(clone), "DVC_NO_ANALYTICS": "1"}
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def stale(clone: Path) -> list[str]:
+    """Stages that DVC would run although nothing but data and cached outputs is missing."""
+    execute(clone, "mirepro", "stage", "code")
+    output = execute(clone, "dvc", "repro", "--dry", "--allow-missing")
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def test_all_locks_are_current(clone):
+    assert stale(clone) == ["code"]
+    assert execute(clone, "git", "status", "--porcelain", *TRACKED) == ""
+    params = clone / "params.yaml"
+    text = params.read_text()
+    assert "inner: 0.01" in text
+    params.write_text(text.replace("inner: 0.01", "inner: 0.02"))
+    changed = stale(clone)
+    assert "pretrain@ring_l01-s0" in changed
+    assert "pretrain@ir-s0" not in changed
+
+
+@pytest.mark.timeout(1800)
+def test_a_sample_of_the_locks_comes_out_again_from_nothing(clone):
+    for target in SAMPLE:
+        (clone / f"metrics/desk/{target.replace('@', '/')}.json").unlink()
+        execute(clone, "mirepro", "repro", target, "--jobs", "2")
+    assert execute(clone, "git", "status", "--porcelain", *TRACKED) == ""
+    bank = clone / "runs/desk/pretrain/ir-s0/bank.safetensors"
+    assert bank.stat().st_size > 3072 * 64 * 4  # it was trained here, not fetched
+
+
+@pytest.mark.timeout(1800)
+def test_another_seed_does_not_come_out(clone):
+    params = clone / "params.yaml"
+    line = "  random-s0: {row: random, objective: random, seed: 0}"
+    assert line in params.read_text()
+    params.write_text(params.read_text().replace(line, line.replace("seed: 0", "seed: 7")))
+    execute(clone, "mirepro", "repro", "evaluate@random-s0", "--jobs", "2")
+    assert "metrics/desk/evaluate/random-s0.json" in execute(clone, "git", "status", "--porcelain", *TRACKED)
