@@ -7,13 +7,13 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from mirepro import codelocks, files, params, profiles
+from mirepro import codelocks, determinism, files, params, profiles
 from mirepro.errors import UserError
 from mirepro.profiles import Profile
 
@@ -172,7 +172,6 @@ def tables(profile: Profile) -> None:
 
 def report(profile: Profile, view: Mapping[str, Any] | None = None) -> None:
     """The page; with `view` the untracked one that also shows what differs between machines."""
-    from mirepro import determinism
     from mirepro.report import page
 
     key = determinism.key(profile.tier, profile.threads)
@@ -203,22 +202,41 @@ def run(root: Path, profile_name: str, kind: str, key: str | None = None) -> Non
     profile = profiles.load(root, profile_name)
     keys = () if key is None else (key,)
     if kind != "code":
-        _prepare(profile, kind)
+        determinism.reexec_if_needed(profile.tier, profile.threads)
     started = time.time()
     if kind in DIRECT:
         DIRECT[kind](profile, *keys)
         _record(profile, kind, keys, Done(time.time() - started))
     else:
-        _record(profile, kind, keys, execute(root, f"{kind}@{key}" if key else kind, JOBS[kind](profile, *keys)))
+        _record(profile, kind, keys, execute(root, *_job(profile, kind, key)))
 
 
-def _prepare(profile: Profile, kind: str) -> None:
-    """The tier's environment, and torch's settings where the stage computes with it."""
-    from mirepro import determinism
+def prepare(root: Path, profile_name: str, kind: str, key: str | None) -> None:
+    """Computes a stage's job and leaves the result in its work folder; `run` only collects it then.
 
+    Does nothing where the last run had the same fingerprint: DVC will find that the stage is up to date.
+
+    Raises:
+        UserError: Whatever the stage refuses.
+    """
+    profile = profiles.load(root, profile_name)
     determinism.reexec_if_needed(profile.tier, profile.threads)
-    if kind in JOBS:
+    name, job = _job(profile, kind, key)
+    record = provenance(profile) / f"{name}.json"
+    before = files.read_json(record)["fingerprint"] if record.is_file() else None
+    if before != fingerprint(root, name, job) or not (root / job.metrics).is_file():
+        execute(root, name, job, collect=False)
+
+
+def _job(profile: Profile, kind: str, key: str | None) -> tuple[str, Job]:
+    """A stage's name and its job, which sets torch up before it computes (collecting needs no torch)."""
+    job = JOBS[kind](profile, *(() if key is None else (key,)))
+
+    def compute(work: Path, out: Path, fingerprint: str) -> dict[str, Any]:
         determinism.configure_torch(profile.tier, profile.threads)
+        return job.compute(work, out, fingerprint)
+
+    return f"{kind}@{key}" if key else kind, replace(job, compute=compute)
 
 
 @dataclass(frozen=True)
@@ -255,8 +273,8 @@ def content_digest(path: Path) -> str:
     return hashlib.sha256("\n".join(f"{p.relative_to(path)} {files.sha256(p)}" for p in inner).encode()).hexdigest()
 
 
-def execute(root: Path, stage: str, job: Job) -> Done:
-    """Computes a job, or resumes it, or only collects what an interrupted process had finished.
+def execute(root: Path, stage: str, job: Job, collect: bool = True) -> Done:
+    """Computes a job, or resumes it, or only collects what an earlier process had finished.
 
     Raises:
         UserError: The disk is full or read-only, and whatever the computation refuses.
@@ -271,12 +289,14 @@ def execute(root: Path, stage: str, job: Job) -> Done:
             collected = finished.is_dir()
             if not collected:
                 _compute(work, finished, job, mark)
-            _collect(root, finished, job)
             seconds = files.read_json(finished / "seconds.json")
-            shutil.rmtree(work)
+            if collect:
+                _collect(root, finished, job)
+                shutil.rmtree(work)
     except OSError as error:
         raise files.refusal(Path(error.filename or work), error) from error
-    work.with_suffix(".lock").unlink(missing_ok=True)
+    if collect:
+        work.with_suffix(".lock").unlink(missing_ok=True)
     return Done(seconds, mark, collected)
 
 

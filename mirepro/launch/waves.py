@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from mirepro import determinism, files, stages
 from mirepro.errors import UserError
 from mirepro.launch.board import Board
+from mirepro.launch.nursery import Nursery
 from mirepro.launch.plan import Pipeline, Plan, is_code
 from mirepro.profiles import Profile
 
@@ -29,13 +32,36 @@ class StageFailed(Exception):
 
 @dataclass
 class Running:
-    """A started stage."""
+    """A started stage: first its computation, where it has one, then DVC, which collects it."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    worker: BaseProcess | None
+    collect: Callable[[], "subprocess.Popen[bytes]"]
     log: Path
     progress: Path
+    process: "subprocess.Popen[bytes] | None" = None
     started: float = field(default_factory=time.monotonic)
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        if self.process is None:
+            if self.worker is not None and self.worker.exitcode != 0:
+                return self.worker.exitcode
+            self.process = self.collect()
+        return self.process.poll()
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to the process group."""
+        alive = self.worker if self.process is None else self.process
+        if alive is not None and alive.pid is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(alive.pid, number)
+
+    def alive(self) -> bool:
+        """Whether a process of the stage is at work."""
+        if self.process is None:
+            return self.worker is not None and self.worker.exitcode is None
+        return self.process.poll() is None
 
     def latest(self) -> str:
         """What the stage last said about its progress."""
@@ -59,6 +85,7 @@ class Launcher:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         self._environment = os.environ | tier | {"PATH": path, "DVC_NO_ANALYTICS": "1"}
         self._folder = profile.root / ".mirepro" / "logs"
+        self._nursery = Nursery(profile, tier)
 
     def start(self, name: str) -> Running:
         """Starts a stage in a process group of its own; its output goes to `.mirepro/logs/`."""
@@ -66,13 +93,16 @@ class Launcher:
         base = self._folder / name.replace("/", ".").replace(":", ".")
         log, progress = base.with_name(base.name + ".log"), base.with_name(base.name + ".progress")
         progress.unlink(missing_ok=True)
+        log.write_bytes(b"")
+        return Running(name, self._nursery.start(name, log, progress), partial(self._dvc, name, log), log, progress)
+
+    def _dvc(self, name: str, log: Path) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, cwd=self._root, env=self._environment | {"MIREPRO_PROGRESS": str(progress)}, stdout=output,
-                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=(self._lock,),
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                command, cwd=self._root, env=self._environment, stdout=output, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=(self._lock,),
             )  # fmt: skip
-        return Running(name, process, log, progress)
 
 
 def repro(profile: Profile, targets: Sequence[str], jobs: int) -> int:
@@ -118,9 +148,9 @@ def _wave(launcher: Launcher, plan: Plan, jobs: int, board: Board) -> None:
                     running.append(launcher.start(name))
                 board.show([(item.name, item.started, item.latest()) for item in running])
                 time.sleep(POLL)
-                for item in [item for item in running if item.process.poll() is not None]:
+                for item, code in [(item, code) for item in running if (code := item.poll()) is not None]:
                     running.remove(item)
-                    good = item.process.returncode == 0
+                    good = code == 0
                     failed += [] if good else [item]
                     board.finish(item.name, time.monotonic() - item.started, good)
         except BaseException:
@@ -143,16 +173,15 @@ def _stop(running: Sequence[Running]) -> None:
     """Interrupts the stages' process groups and waits: they write their checkpoints' last rename and end."""
     for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         for item in running:
-            if item.process.poll() is None:
-                os.killpg(item.process.pid, sign)
+            item.signal(sign)
         end = time.monotonic() + 5
-        while any(item.process.poll() is None for item in running) and time.monotonic() < end:
+        while any(item.alive() for item in running) and time.monotonic() < end:
             time.sleep(POLL)
 
 
 def _complaint(item: Running) -> str:
     lines = item.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join([f"{item.name} failed (exit {item.process.returncode}); {item.log} ends:", *lines[-TAIL:]])
+    return "\n".join([f"{item.name} failed (exit {item.poll()}); {item.log} ends:", *lines[-TAIL:]])
 
 
 def estimates(profile: Profile, names: Sequence[str]) -> dict[str, float]:
