@@ -37,6 +37,9 @@ OPERATORS = "mirepro.ops"
 SLICED = "mirepro.params"
 """Of this module only the definitions count that a closure names: one stage's parameters are no other's business."""
 
+DATA_SUFFIXES = (".json", ".yaml", ".html", ".j2", ".css", ".csv")
+"""Of files in a sub-package that are no Python; anything else (an editor's leftovers) decides no result."""
+
 _POSITIONS = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
 
 
@@ -137,7 +140,7 @@ class Sources:
         return {name for name in found if name.startswith("mirepro.") and self.path(name)}
 
     def closure(self, entry: str) -> set[str]:
-        """The entry and everything it imports; objectives come in through their own locks only, operators not at all.
+        """The entry and everything it imports by name; the registry finds objectives at run time, by their own locks.
 
         A package's `__init__` counts where something is taken from it, not for lying on the way to a submodule.
         """
@@ -149,7 +152,7 @@ class Sources:
                 continue
             seen.add(module)
             if module != OPERATORS:
-                todo += [name for name in self.imports(module) if not _foreign_objective(name, entry)]
+                todo += self.imports(module)
         return seen
 
     def names(self, modules: Iterable[str]) -> set[str]:
@@ -158,11 +161,6 @@ class Sources:
         found = {node.id for node in nodes if isinstance(node, ast.Name)}
         found |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
         return found | {a.name for node in nodes if isinstance(node, ast.ImportFrom) for a in node.names}
-
-
-def _foreign_objective(module: str, entry: str) -> bool:
-    inside = "mirepro.objectives."
-    return module.startswith(inside) and module != inside + "base" and not entry.startswith(inside)
 
 
 def _running(tree: ast.AST) -> Iterator[ast.AST]:
@@ -227,7 +225,7 @@ def _texts(sources: Sources, modules: set[str]) -> dict[str, str]:
         if path is None or path.parent == sources.root / "mirepro":
             continue
         for file in path.parent.rglob("*"):
-            if file.is_file() and file.suffix not in (".py", ".pyc", ".so"):
+            if file.is_file() and file.suffix in DATA_SUFFIXES:
                 found[str(file.relative_to(sources.root))] = files.sha256(file)
     return found
 

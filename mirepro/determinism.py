@@ -59,12 +59,13 @@ def reexec_if_needed(tier: str, threads: int) -> None:
         UserError: torch is imported already, so the variables would come too late.
     """
     wanted = environment(tier, threads)
-    if all(os.environ.get(name) == value for name, value in wanted.items()):
+    foreign = (environment("portable", threads).keys() - wanted.keys()) & os.environ.keys()
+    if not foreign and all(os.environ.get(name) == value for name, value in wanted.items()):
         return
     if "torch" in sys.modules:
-        missing = next(f"{name}={value}" for name, value in wanted.items() if os.environ.get(name) != value)
-        raise UserError(f"tier {tier}: torch was imported without {missing}; start through the `mirepro` command")
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted)
+        raise UserError(f"tier {tier}: torch was imported in another environment; start through the `mirepro` command")
+    kept = {name: value for name, value in os.environ.items() if name not in foreign}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], kept | wanted)
 
 
 def configure_torch(tier: str, threads: int) -> None:

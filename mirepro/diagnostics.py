@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mirepro import ops
 from mirepro.bank import MemoryBank
-from mirepro.objectives.base import Objective, Query, Step, Terms
+from mirepro.objectives.base import Objective, Query, Step
 from mirepro.objectives.ir import Ir
+
+CHUNK = 256  # anchors at a time, so that memory does not grow with the square of the bank
 
 
 @torch.no_grad()
@@ -38,7 +41,9 @@ def epoch(
 def _query(objective: Objective, q: Query, classes: Tensor) -> dict[str, float]:
     terms = objective.terms(q)
     everything, _ = ops.region_logsumexp(q.z, q.bank, 0, q.size, objective.tau)
-    values = {"certified_share": _certified(objective, q, terms, everything)}
+    values = {}
+    if terms.estimate is not None:
+        values["certified_share"] = _certified(objective, q, terms.estimate, everything)
     low, high = objective.region(q.size, q.step)
     lowest = ops.region_thresholds(q.z, q.bank, low, high)[:, 1] / objective.tau
     values["t3_share"] = float((lowest >= everything - math.log(q.size)).double().mean())
@@ -50,13 +55,11 @@ def _query(objective: Objective, q: Query, classes: Tensor) -> dict[str, float]:
     return values
 
 
-def _certified(objective: Objective, q: Query, terms: Terms, everything: Tensor) -> float:
+def _certified(objective: Objective, q: Query, estimate: Tensor, everything: Tensor) -> float:
     """1 where mean estimate + 3 standard errors <= log N - CE_full (Barber-Agakov, exact for the finite bank)."""
-    if terms.estimate is None:
-        return 0.0
     positive = ops.gather_dot(q.z, q.bank, q.index[:, None])[:, 0] / objective.tau
     bound = math.log(q.size) - float((everything - positive).double().mean())
-    estimate = terms.estimate.double()
+    estimate = estimate.double()
     error = float(estimate.std()) / math.sqrt(len(estimate)) if len(estimate) > 1 else 0.0
     return float(float(estimate.mean()) + 3 * error <= bound)
 
@@ -73,9 +76,12 @@ def nce(objective: Objective, z: Mapping[str, Tensor], banks: Mapping[str, Memor
     """
     plain = Ir(k=objective.k, tau=objective.tau)
     index = torch.arange(len(next(iter(z.values()))))
-    queries = objective.queries(z, banks, index, step)
-    estimates = [plain.terms(q).estimate for q in queries]
-    return sum(float(e.double().mean()) for e in estimates if e is not None) / len(estimates)
+    sums = 0.0
+    for q in objective.queries(z, banks, index, step):
+        pieces = [replace(q, z=q.z[rows], index=rows) for rows in index.split(CHUNK)]
+        estimates = [estimate for piece in pieces if (estimate := plain.terms(piece).estimate) is not None]
+        sums += float(torch.cat(estimates).double().mean())
+    return sums / len(objective.pairs())
 
 
 @torch.no_grad()

@@ -15,7 +15,10 @@ def read(run: Path) -> list[dict[str, Any]]:
     """
     path = run / "chain.txt" if run.is_dir() else run
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        links = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not links or any(not {"step", "chain", "tensors"} <= link.keys() for link in links):
+            raise UserError(f"{path}: holds no digests; name the folder of a run that took steps")
+        return links
     except OSError as error:
         raise UserError(f"{path}: no digest chain; name a run's folder under runs/") from error
     except ValueError as error:

@@ -86,7 +86,7 @@ class RunParams:
 class LinearParams:
     """Linear evaluation: L2 values tried on val; the author protocol's SGD (paper scale: lr .01, 100 epochs)."""
 
-    l2: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+    l2: tuple[float, ...] = (1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3, 1e4)
     iterations: int = 200
     tolerance: float = 1e-4
     author_epochs: int = 5

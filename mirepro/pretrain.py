@@ -2,6 +2,8 @@
 
 import json
 import math
+import operator
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,13 +67,19 @@ def check(params: PretrainParams, size: int) -> None:
         "batch": (1 <= params.batch <= size, f"between 1 and the {size} training images"),
         "shards": (params.shards >= 1 and params.batch % params.shards == 0, f"a divisor of the batch {params.batch}"),
         "epochs": (params.epochs >= 0, "0 or more"),
+        "encoder.norm": (not params.encoder.norm or params.batch > params.shards, "two images a shard, or norm: false"),
         "precision": (params.precision in PRECISIONS, " or ".join(PRECISIONS)),
         "monitor": (params.monitor >= 0, "0 (never) or a number of epochs"),
         "digest": (params.digest >= 1, "a number of steps"),
     }
     for key, (right, remedy) in rules.items():
         if not right:
-            raise UserError(f"pretrain.{key}: {getattr(params, key)!r} is impossible; use {remedy}")
+            value = operator.attrgetter(key)(params)
+            raise UserError(f"pretrain.{key}: {value!r} is impossible; use {remedy}")
+    optim = params.optim
+    for key in ("lr", "momentum", "weight_decay", "warmup"):
+        if getattr(optim, key) < 0:
+            raise UserError(f"optim.{key}: {getattr(optim, key)} is impossible; use 0 or more")
     schedules = ("constant", "step", "cosine")
     if params.optim.schedule not in schedules:
         raise UserError(f"optim.schedule: {params.optim.schedule!r} is unknown; known: {', '.join(schedules)}")
@@ -106,6 +114,10 @@ class Trainer:
         check(self.params, train.size)
         self.objective: Objective = objectives.create(run.objective, run.options)
         self.warnings = self.objective.check(train.size, self.params.encoder.dim)
+        if self.objective.uses_labels and getattr(self.objective, "classes", 0) != len(train.classes):
+            raise UserError(f"objective {run.objective}.classes: use {len(train.classes)}, as the data have")
+        for warning in self.warnings:
+            print(f"{run.row}-s{run.seed}: {warning}", file=sys.stderr)
         self.images = torch.from_numpy(train.images(None))
         self.classes, self.val = torch.from_numpy(train.labels), val
         self.model = encoders.Ensemble(self.params.encoder, self.objective.modalities)
@@ -170,7 +182,9 @@ class Trainer:
         kind = PRECISIONS[self.params.precision]
         with torch.autocast(rgb.device.type, kind or torch.bfloat16, enabled=kind is not None):
             z = self.model.embed(rgb)
-        return {name: value.float() for name, value in z.items()}
+        if kind is None:
+            return z
+        return {name: torch.nn.functional.normalize(value.float()) for name, value in z.items()}
 
     def _backward(self, parts: list[dict[str, Tensor]], z: dict[str, Tensor]) -> None:
         """Gradients of the weights from dz, shard by shard, summed in a fixed tree."""
@@ -317,12 +331,12 @@ class Trainer:
         )
         shares = [line["certified_share"] for line in self.history if "certified_share" in line]
         k, tau = self.objective.k, self.objective.tau
-        claim = {"yes": "bound by its form", "certified": "bound only where certified", "no": "no claim"}
+        claim = {"yes": "bound by its form", "certified": "bound only where certified", "no": "objective only"}
         cells = {
             "estimate": (
                 last.get("estimate"),
                 "nats",
-                f"mean over the last epoch; k {k}; {claim[self.objective.claim]}",
+                f"mean over the last epoch; k {k}; {claim[self._claim()]}",
             ),
             "cap": (last.get("cap"), "nats", "min(log k, log N)"),
             "nce_at_equal_f": (self._nce(), "nats", f"unrestricted ir estimate of the final f, fresh views, k {k}"),
@@ -342,6 +356,9 @@ class Trainer:
         run = f"{self.run.row}-s{self.run.seed}"
         rows = {name: metrics.cell(*values) for name, values in cells.items()}
         return metrics.document("pretrain", run, self.run.row, self.run.seed, rows, detail)
+
+    def _claim(self) -> str:
+        return self.objective.claim if self.objective.bounded else "no"
 
     def _nce(self) -> float | None:
         if self.total_steps == 0 or self.objective.uses_labels:

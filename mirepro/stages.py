@@ -54,8 +54,21 @@ def relock(profile: Profile) -> None:
         folder = profile.root / "data" / name
         if not (folder / "manifest.json").is_file():
             raise UserError(f"{folder}: no manifest.json; restore it from git, or `mirepro data import {name} PATH`")
-        if not any((folder / "shards").glob("*.tar")):
+        if not any((folder / "shards").glob("*.tar")) or _damaged(folder, name):
             _receipt(profile, name).unlink(missing_ok=True)
+
+
+def _damaged(folder: Path, name: str) -> bool:
+    """Whether shards that the project can render again differ from their manifest."""
+    from mirepro import data
+    from mirepro.data import shards
+
+    try:
+        if name in data.NAMES:
+            shards.verify(folder)
+    except UserError:
+        return True
+    return False
 
 
 def _receipt(profile: Profile, name: str) -> Path:
@@ -101,9 +114,7 @@ def evaluate(profile: Profile, name: str) -> Job:
     def compute(work: Path, out: Path, fingerprint: str) -> dict[str, Any]:
         from mirepro.transfer.evaluate import evaluate
 
-        return evaluate(
-            name, entry.row, entry.seed, values, profile.root / pretrained, profile.root / folder, out
-        )
+        return evaluate(name, entry.row, entry.seed, values, profile.root / pretrained, profile.root / folder, out)
 
     needs = (f"{folder}/manifest.json", f"locks/{profile.name}/evaluate.json", pretrained)
     outputs = f"{profile.name}/evaluate/{name}"
@@ -122,7 +133,9 @@ def detect(profile: Profile, name: str) -> Job:
         from mirepro.transfer.detection import detect
 
         root = profile.root
-        return detect(entry.run, entry.row, entry.seed, entry.model, values, root / pretrained, root / folder, out)
+        return detect(
+            entry.run, entry.row, entry.seed, entry.model, values, root / pretrained, root / folder, work, out
+        )
 
     lock = f"locks/{profile.name}/detect.json"
     needs = (f"{folder}/manifest.json", lock, f"{pretrained}/encoder.safetensors")

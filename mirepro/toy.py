@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirepro import metrics, rng
+from mirepro.errors import UserError
 from mirepro.objectives.regions import ranks
 from mirepro.params import ToyParams
 
@@ -83,8 +84,19 @@ def certificate(positive: Array, scores: Array) -> float:
     return float((math.log(scores.shape[1] + 1) + positive - top - np.log(partition)).mean())
 
 
+def check(params: ToyParams) -> None:
+    """Refuses impossible settings with UserError."""
+    for key, least in (("banks", 1), ("rows", 200), ("anchors", 2), ("redraws", 2)):
+        if getattr(params, key) < least:
+            raise UserError(f"toy.{key}: {getattr(params, key)} is impossible; use {least} or more")
+    for d, rho in params.cases:
+        if d < 1 or not 0 <= rho < 1:
+            raise UserError(f"toy.cases: ({d}, {rho}) is impossible; use d >= 1 and a correlation in [0, 1)")
+
+
 def toy(params: ToyParams) -> dict[str, Any]:
     """All cases and estimators; the metrics document of table T5."""
+    check(params)
     cases = [case for d, rho in params.cases for case in _case(d, rho, params)]
     protocol = f"{params.banks} banks of {params.rows} rows, {params.anchors} anchors, control variate f_ii"
     cells = {f"d{c['d']}.{c['name']}": metrics.cell(c["value"], "nats", protocol) for c in cases}
@@ -112,6 +124,7 @@ def _case(d: int, rho: float, params: ToyParams) -> Iterator[dict[str, Any]]:
         yield {
             "d": d,
             "rho": rho,
+            "banks": params.banks,
             "mi": mi,
             "name": kind.name,
             "value": float(row.mean()),

@@ -62,9 +62,12 @@ def refused(source, target, match):
 
 def test_import(source, tmp_path):
     counts = coco.import_coco(source, tmp_path / "out")
-    assert counts["train"] == {"images": 3, "objects": 3, "crowd": 1, "keypoints": 1, "dropped": 1}
-    split = shards.open(tmp_path / "out", "train")
-    assert bytes(split.files[1]) == (source / "train2017" / "000000000002.jpg").read_bytes()
+    assert counts["test"] == {"images": 3, "objects": 3, "crowd": 1, "keypoints": 1, "dropped": 1}
+    assert [counts[split]["images"] for split in ("train", "val")] == [2, 1]
+    keys = [shards.open(tmp_path / "out", split).keys for split in ("train", "val", "test")]
+    assert len({key for part in keys for key in part}) == 6
+    split = shards.open(tmp_path / "out", "test")
+    assert bytes(split.files[1]) == (source / "val2017" / "000000000012.jpg").read_bytes()
     assert split.categories == ["person", "dog"]
     assert split.keypoints["flips"] == [0, 2, 1]
     dog, crowd = split.objects[0]
@@ -78,7 +81,7 @@ def test_import(source, tmp_path):
 
 def test_scaling(source, tmp_path):
     coco.import_coco(source, tmp_path / "out")
-    split = shards.open(tmp_path / "out", "val")
+    split = shards.open(tmp_path / "out", "test")
     assert split.images(60).shape == (3, 3, 60, 60)
     one = split.objects_at(60)[1][0]
     assert one["bbox"] == pytest.approx([7.5, 12, 30, 24])

@@ -171,7 +171,8 @@ def test_the_real_locks(root: Path) -> None:
     sources = codelocks.Sources(root)
     locks = {stage: set(codelocks.lock(sources, entry)) for stage, entry in codelocks.ENTRIES.items()}
     objectives = {name for name in locks["pretrain"] if name.startswith("mirepro.objectives.")}
-    assert objectives == {"mirepro.objectives.base"}
+    assert objectives == {"mirepro.objectives.base", "mirepro.objectives.ir"}  # ir: NCE at equal f
+    assert "mirepro.objectives.regions" in locks["toy"]
     assert "mirepro.ops" in locks["pretrain"]
     for stage, names in locks.items():
         assert not [name for name in names if name.startswith(("mirepro.stages", "mirepro.launch"))], stage

@@ -221,7 +221,7 @@ def test_anchor_recall_and_impossible_parameters(pretrained: Path) -> None:
 
 
 def _run(model: str, pretrained: Path, folder: Path, out: Path, params: DetectParams = TINY) -> dict[str, Any]:
-    return detection.detect("ir-s0", "ir", 0, model, params, pretrained, folder, out)
+    return detection.detect("ir-s0", "ir", 0, model, params, pretrained, folder, out.parent / "work", out)
 
 
 @pytest.mark.parametrize("model", ["mask", "keypoint"])
@@ -238,7 +238,6 @@ def test_stage_writes_all_cells_and_reads_test_last(
     assert metrics["detail"]["anchor_recall"] >= 0.95
     shown = detection.files.read_json(tmp_path / "out" / "detections.json")
     assert len(shown["images"]) == 8
-    assert not list((tmp_path / "work").iterdir()), "finished variants are cleared away"
 
 
 def test_interrupted_stage_resumes_to_the_same_bits(

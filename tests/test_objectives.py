@@ -85,7 +85,12 @@ def test_estimates_stay_below_their_cap(name):
     for t in terms(objective, perfect, banks, index):
         assert float(t.estimate.max()) <= objective.cap(N) + 1e-5
     assert objective.cap(N) == pytest.approx(math.log(17))
-    assert objective.cap(5) == pytest.approx(math.log(5))
+
+
+def test_caps():
+    assert objectives.create("ir", {"k": 17}).cap(5) == pytest.approx(math.log(5))
+    assert objectives.create("ball", {"k": 17, "outer": 0.5}).cap(20) == pytest.approx(math.log(17) - math.log(1 + 1.6))
+    assert objectives.create("ball", {"k": 17, "outer": 0.5}).cap(40) == pytest.approx(math.log(17))
 
 
 def test_ir_estimate_is_the_sampled_cross_entropy():
@@ -418,6 +423,8 @@ def test_an_empty_region_is_refused_and_an_oversampled_one_warned_about():
 def test_without_the_own_row_nothing_is_claimed_unless_drawn_without_replacement():
     z, banks, index = setting()
     assert terms(ready("ir", banks, own_row="exclude"), z, banks, index)[0].estimate is None
+    part = ready("ball", banks, own_row="exclude", replacement=False, outer=0.5)
+    assert terms(part, z, banks, index)[0].estimate is None
     without = ready("ir", banks, own_row="exclude", replacement=False)
     t = terms(without, z, banks, index)[0]
     assert t.estimate is not None

@@ -1,4 +1,4 @@
-"""Imports COCO: instances and person keypoints of train2017 and val2017, images as they are.
+"""Imports COCO: instances and person keypoints, images as they are; train and val from train2017, test is val2017.
 
 Source: Lin et al., Microsoft COCO: common objects in context (2014); https://cocodataset.org/#format-data.
 """
@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mirepro import files
+from mirepro import files, rng
 from mirepro.data import masks, shards, sources
 from mirepro.data.shards import Sample
 from mirepro.errors import UserError
 
-PARTS = {"train": "train2017", "val": "val2017"}
+PARTS = {"train": "train2017", "val": "train2017", "test": "val2017"}
+"""Choices are made on a tenth of train2017, so that val2017 (the public test) is read once."""
 SIGMAS = [0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087,
           0.089, 0.089]  # fmt: skip
 """Standard deviations of the person keypoints in pycocotools' evaluation."""
@@ -41,8 +42,8 @@ def import_coco(path: Path | str, folder: Path | str) -> Counts:
         base = sources.root(source, "annotations")
         if base is None:
             raise UserError(f"{path}: no folder annotations/ inside; give COCO's folder")
-        parts = {split: _Part(base, name) for split, name in PARTS.items()}
-        if parts["train"].categories != parts["val"].categories:
+        parts = {split: _Part(base, name, split) for split, name in PARTS.items()}
+        if parts["train"].categories != parts["test"].categories:
             raise UserError(f"{base}/annotations: the categories of train2017 and val2017 differ")
         counts = {split: part.counts for split, part in parts.items()}
         shards.write(folder, "coco", {s: part.samples() for s, part in parts.items()}, parts["train"].meta())
@@ -50,9 +51,9 @@ def import_coco(path: Path | str, folder: Path | str) -> Counts:
 
 
 class _Part:
-    """One of train2017, val2017: both annotation files, joined by annotation id."""
+    """A split of train2017 or val2017: both annotation files, joined by annotation id."""
 
-    def __init__(self, base: Path, name: str) -> None:
+    def __init__(self, base: Path, name: str, split: str) -> None:
         self.images_folder = base / name
         self.path = base / "annotations" / f"instances_{name}.json"
         self.people_path = base / "annotations" / f"person_keypoints_{name}.json"
@@ -63,6 +64,10 @@ class _Part:
         self.poses = {a["id"]: self._pose(a) for a in people["annotations"]}
         self.images = sorted(instances["images"], key=lambda i: i["id"])
         self.annotations = self._by_image(instances["annotations"])
+        order = rng.permutation(0, rng.Stream.DATA, 0, len(self.images))
+        chosen = set(order[: max(1, len(order) // 10)].tolist())
+        if split != "test":
+            self.images = [one for i, one in enumerate(self.images) if (i in chosen) == (split == "val")]
         self.counts = dict.fromkeys(("images", "objects", "crowd", "keypoints", "dropped"), 0)
 
     def _pose(self, annotation: dict[str, Any]) -> list[float]:

@@ -1,5 +1,6 @@
 """Restricted regions: the ball of the u*N most similar rows and the ring inside it; annealing."""
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -57,7 +58,20 @@ class Region(Objective):
         low, high = ranks(self.outer, self.inner, size, self.inner_of == "ball")
         self._require(high > low, "outer", f"a larger fraction: ranks [{low}, {high}) of {size} rows are empty")
         if not self.replacement:
-            self._require(self.k - 1 <= high - low, "k", f"at most {high - low + 1} without replacement")
+            most = high - low - (self.own_row == "exclude")
+            self._require(self.k - 1 <= most, "k", f"at most {most + 1} without replacement")
         if self.k - 1 > high - low:
-            warnings.append(f"{self.k - 1} draws from a region of {high - low} rows; see the oversampling cap")
+            draws = f"{self.k - 1} draws from a region of {high - low} rows repeat rows"
+            warnings.append(f"{draws}; the cap is {self.cap(size):.3f} nats")
         return warnings
+
+    @property
+    def bounded(self) -> bool:
+        """Without its own row only draws without replacement from all other rows bound."""
+        return self.own_row == "keep" or (not self.replacement and self.outer == 1 and self.inner == 0)
+
+    def cap(self, size: int) -> float:
+        """`log k`, less `log(1 + (k - 1) / m)` where draws outnumber the m rows of the region (oversampling), nats."""
+        low, high = ranks(self.outer, self.inner, size, self.inner_of == "ball")
+        excess = (self.k - 1) / max(1, high - low)
+        return super().cap(size) if excess <= 1 else math.log(self.k) - math.log(1 + excess)

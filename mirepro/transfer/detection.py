@@ -5,8 +5,6 @@ schedule at the chosen rate) and `frozen` (the chosen rate, trunk untouched). Th
 place of SGD, because a few hundred steps must do.
 """
 
-import hashlib
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 from mirepro import encoders, files, rng
 from mirepro.data import shards
 from mirepro.errors import UserError
-from mirepro.params import DetectParams, plain
+from mirepro.params import DetectParams
 from mirepro.transfer import coco_eval, detection_data, detection_model
 from mirepro.transfer.coco_eval import Prediction
 from mirepro.transfer.detection_data import Scenes
@@ -202,14 +200,6 @@ class Bench:
         return detector
 
 
-def _fingerprint(*parts: Any, pretrained: Path, data_folder: Path) -> str:
-    """Names everything that a kept variant depends on, this code included."""
-    inputs = [pretrained / "encoder.safetensors", data_folder / "manifest.json"]
-    sources = sorted(Path(__file__).parent.glob("detection*.py"))
-    digests = [files.sha256(path) for path in (*inputs, *sources)]
-    return hashlib.sha256(files.dump_json([*parts, digests]).encode()).hexdigest()[:16]
-
-
 def _choose(bench: Bench, val: Scenes, model: str, params: DetectParams) -> tuple[float, dict[str, Any]]:
     """The learning rate with the best val score (the smaller one wins a tie), and the whole grid."""
     grid = {}
@@ -276,6 +266,7 @@ def detect(
     params: DetectParams,
     pretrained: Path,
     data_folder: Path,
+    work: Path,
     out: Path,
 ) -> dict[str, Any]:
     """Runs the protocol on one pretrained trunk.
@@ -288,7 +279,8 @@ def detect(
         params: Sizes, schedules and rates.
         pretrained: Folder with `encoder.safetensors`.
         data_folder: Data set with objects.
-        out: Folder for `detections.json`; finished variants wait beside it in `work/`.
+        work: Folder that survives a kill; finished variants wait there.
+        out: Folder for `detections.json`.
 
     Returns:
         The metrics JSON.
@@ -312,8 +304,7 @@ def detect(
     recall = fresh().anchor_recall([target["boxes"] for target in val.targets[0]])
     if recall < 0.95:
         raise UserError(f"detect.anchors: only {recall:.1%} of val's boxes meet an anchor; change the anchors' sizes")
-    key = _fingerprint(plain(params), seed, model, pretrained=pretrained, data_folder=data_folder)
-    bench = Bench(fresh, train_set, params, seed, out.parent / "work" / f"{out.name}-{key}")
+    bench = Bench(fresh, train_set, params, seed, work)
     chosen, grid = _choose(bench, val, model, params)
     variants = _variants(chosen, params)
     detectors = {variant: bench.detector(variant) for variant in dict.fromkeys(variants.values())}
@@ -321,7 +312,6 @@ def detect(
     found = {variant: predict(detector, test.images, params.batch) for variant, detector in detectors.items()}
     stats = {label: score(test, found[variant], model, params) for label, variant in variants.items()}
     files.write_json(out / "detections.json", _shown(found[variants["tuned"]]))
-    shutil.rmtree(bench.work, ignore_errors=True)
     per_epoch = params.batch * max(1, len(train_set.images) // params.batch)
     detail = {
         "anchor_recall": recall, "categories": train_set.categories, "chosen": chosen, "grid": grid,

@@ -1,5 +1,6 @@
 """Transfer to classification: weighted kNN and linear evaluation of one frozen encoder, in one process."""
 
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from mirepro import encoders, files, metrics, ops, views
 from mirepro.data import shards
 from mirepro.encoders import Ensemble
+from mirepro.errors import UserError
 from mirepro.params import EvaluateParams
 from mirepro.transfer import knn, linear
 
@@ -33,6 +35,23 @@ def features(model: Ensemble, rgb: Tensor) -> dict[str, Tensor]:
     return {name: torch.cat(pieces) for name, pieces in rows.items()}
 
 
+def check(params: EvaluateParams) -> None:
+    """Refuses impossible settings with UserError."""
+    rules = {
+        "k_nn": (bool(params.k_nn) and min(params.k_nn, default=0) >= 1, "a list of numbers of neighbours"),
+        "tau": (params.tau > 0, "a positive temperature"),
+        "anchors": (params.anchors >= 1, "1 or more"),
+        "gallery": (params.gallery >= 1, "1 or more"),
+        "linear.l2": (bool(params.linear.l2) and min(params.linear.l2, default=-1.0) >= 0, "a list of L2 values"),
+        "linear.author_epochs": (params.linear.author_epochs >= 1, "1 or more"),
+        "linear.author_batch": (params.linear.author_batch >= 1, "1 or more"),
+    }
+    for key, (right, remedy) in rules.items():
+        if not right:
+            raise UserError(f"evaluate.{key}: {operator.attrgetter(key)(params)!r} is impossible; use {remedy}")
+    views.check(params.views)
+
+
 def evaluate(
     run: str, row: str, seed: int, params: EvaluateParams, pretrained: Path, data_folder: Path, out: Path
 ) -> dict[str, Any]:
@@ -50,6 +69,7 @@ def evaluate(
     Returns:
         The metrics document.
     """
+    check(params)
     model = encoders.load(pretrained / "encoder.safetensors")
     splits = {name: shards.open(data_folder, name) for name in ("train", "val", "test")}
     size = params.views.size
@@ -87,14 +107,12 @@ def _author(
     model: Ensemble, train: shards.Split, classes: Tensor, n_classes: int, seed: int, params: EvaluateParams
 ) -> dict[str, linear.Classifier]:
     images, index = torch.from_numpy(train.images(None)), torch.arange(train.size)
-    epochs = [
-        features(model, views.batch(images, params.views, seed=seed, epoch=epoch, index=index, view=2))
-        for epoch in range(params.linear.author_epochs)
-    ]
-    return {
-        kind: linear.author([e[kind] for e in epochs], classes, n_classes, seed=seed, params=params.linear)
-        for kind in KINDS
-    }
+    solvers: dict[str, linear.Author] = {}
+    for epoch in range(params.linear.author_epochs):
+        x = features(model, views.batch(images, params.views, seed=seed, epoch=epoch, index=index, view=2))
+        for kind in KINDS:
+            solvers.setdefault(kind, linear.Author(x[kind], n_classes, seed, params.linear)).epoch(x[kind], classes)
+    return {kind: solver.classifier() for kind, solver in solvers.items()}
 
 
 def gallery(pretrained: Path, params: EvaluateParams) -> dict[str, Any]:

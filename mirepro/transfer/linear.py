@@ -1,6 +1,5 @@
 """Linear evaluation: L2-regularised softmax regression to convergence, and the author protocol's SGD."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,19 +105,34 @@ def top1(predicted: Tensor, classes: Tensor) -> float:
     return 100 * float((predicted == classes).double().mean())
 
 
-def author(epochs: Sequence[Tensor], classes: Tensor, n_classes: int, *, seed: int, params: LinearParams) -> Classifier:
-    """The author protocol: SGD on features of augmented training images, one tensor `(N, F)` per epoch."""
-    standardise = Standardiser.fit(epochs[0])
-    weight, bias = torch.zeros(epochs[0].shape[1], n_classes), torch.zeros(n_classes)
-    velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
-    onehot = nn.functional.one_hot(classes, n_classes).float()
-    for epoch, features in enumerate(epochs):
-        order = torch.from_numpy(rng.permutation(seed, rng.Stream.TRANSFER, epoch, len(classes)))
-        x = standardise(features)
+class Author:
+    """The author protocol: SGD on features of augmented training images, one epoch at a time.
+
+    Args:
+        x: Features `(N, F)` of the first epoch, which standardise all of them.
+        n_classes: Number of classes.
+        seed: Decides the order of the images.
+        params: Learning rate, momentum, batch.
+    """
+
+    def __init__(self, x: Tensor, n_classes: int, seed: int, params: LinearParams) -> None:
+        self._standardise, self._seed, self._params, self._epoch = Standardiser.fit(x), seed, params, 0
+        self._theta = [torch.zeros(x.shape[1], n_classes), torch.zeros(n_classes)]
+        self._velocity = [torch.zeros_like(t) for t in self._theta]
+
+    def epoch(self, features: Tensor, classes: Tensor) -> None:
+        """One pass over features `(N, F)` with classes `(N,)`."""
+        order = torch.from_numpy(rng.permutation(self._seed, rng.Stream.TRANSFER, self._epoch, len(classes)))
+        x, params = self._standardise(features), self._params
+        onehot = nn.functional.one_hot(classes, len(self._theta[1])).float()
         for index in order.split(params.author_batch):
-            residual = (torch.softmax(x[index] @ weight + bias, 1) - onehot[index]) / len(index)
-            for v, gradient in zip(velocity, (x[index].T @ residual, residual.sum(0)), strict=True):
+            residual = (torch.softmax(x[index] @ self._theta[0] + self._theta[1], 1) - onehot[index]) / len(index)
+            gradients = (x[index].T @ residual, residual.sum(0))
+            for t, v, gradient in zip(self._theta, self._velocity, gradients, strict=True):
                 v.mul_(params.author_momentum).add_(gradient)
-            weight -= params.author_lr * velocity[0]
-            bias -= params.author_lr * velocity[1]
-    return Classifier(standardise, weight, bias)
+                t -= params.author_lr * v
+        self._epoch += 1
+
+    def classifier(self) -> Classifier:
+        """The classifier so far."""
+        return Classifier(self._standardise, *self._theta)
