@@ -430,3 +430,18 @@ def test_without_the_own_row_nothing_is_claimed_unless_drawn_without_replacement
     assert t.estimate is not None
     assert all(len(set(row.tolist())) == 16 for row in t.negatives)
     assert not (t.negatives == index[:, None]).any()
+
+
+@pytest.mark.parametrize("name", CONTRASTIVE)
+def test_gradients_are_orthogonal_to_z_after_the_normalisation(name):
+    objective = objectives.create(name, {"k": 17})
+    z, banks, index = setting(objective.modalities)
+    objective = ready(name, banks)
+    raw = {m: (3 * value).requires_grad_() for m, value in z.items()}
+    objective(
+        {m: torch.nn.functional.normalize(value) for m, value in raw.items()}, banks, index, late()
+    ).loss.backward()
+    for m, value in raw.items():
+        gradient = value.grad
+        assert (gradient * z[m]).sum(1).abs().max() <= 1e-5 * max(1.0, float(gradient.norm(dim=1).max()))
+        assert gradient.abs().max() > 1e-4

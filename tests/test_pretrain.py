@@ -211,3 +211,23 @@ def test_mixed_precision_is_a_parameter(data, tmp_path):
 def test_a_diverging_run_says_so(data, tmp_path):
     with pytest.raises(UserError, match=r"lower optim\.lr"):
         train(run(optim=OptimParams(lr=1e30)), data, tmp_path)
+
+
+def test_in_evaluation_mode_an_embedding_does_not_depend_on_its_batch_mates():
+    model = encoders.Ensemble(SMALL.encoder)
+    encoders.initialise(model, 0)
+    rgb = torch.from_numpy(rng.uniform(0, rng.Stream.TOY, 0, np.arange(6), 3 * 256).reshape(6, 3, 16, 16))
+    training = model.train().embed(rgb)["rgb"][:1], model.embed(rgb[:3])["rgb"][:1]
+    assert not torch.allclose(*training, atol=1e-4)
+    alone, together = model.eval().embed(rgb[:1])["rgb"], model.embed(rgb)["rgb"][:1]
+    assert torch.allclose(alone, together, atol=1e-6)
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    first, again, other = (encoders.Ensemble(SMALL.encoder) for _ in range(3))
+    for model, seed in ((first, 0), (again, 0), (other, 1)):
+        torch.manual_seed(int(torch.randint(1000, (1,))))
+        encoders.initialise(model, seed)
+    weights = [model.encoder("rgb").trunk.stem[0].weight for model in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
