@@ -56,7 +56,8 @@ def test_an_import_onto_a_full_disk_leaves_nothing(small: Path, tmp_path: Path):
         "import sys\nfrom mirepro.data import cifar\nfrom mirepro.errors import UserError\n"
         "cifar.COUNTS, cifar.VAL = {'train': 3, 'test': 3}, 1\n"
         "cifar.CLASSES = ('cat', 'dog')\n"
-        "try:\n    cifar.import_cifar10(sys.argv[1], sys.argv[2])\nexcept UserError as error:\n    sys.exit(str(error))\n"
+        "try:\n    cifar.import_cifar10(sys.argv[1], sys.argv[2])\n"
+        "except UserError as error:\n    sys.exit(str(error))\n"
     )
     target = small / "data"
     done = subprocess.run(
