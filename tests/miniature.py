@@ -43,7 +43,7 @@ def controls(params: EvaluateParams, data_folder):
     "transfer/detection.py": """
 from mirepro.params import DetectParams
 
-def detect(run, row, seed, model, params: DetectParams, pretrained, data_folder, out):
+def detect(run, row, seed, model, params: DetectParams, pretrained, data_folder, work, out):
     (out / "detections.json").write_text((pretrained / "encoder.safetensors").read_text())
     return {"run": run, "model": model}
 """,
