@@ -6,7 +6,7 @@ namespace {
 __global__ void find_bad_gathered(const float* bank, const int64_t* index, int64_t k, int64_t dim, Count* first) {
   for (int64_t t = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; t < k; t += static_cast<int64_t>(gridDim.x) * blockDim.x)
     for (int64_t d = 0; d < dim; ++d)
-      if (!isfinite(bank[index[t] * dim + d])) atomicMin(first, static_cast<Count>(t));
+      if (!is_number(bank[index[t] * dim + d])) atomicMin(first, static_cast<Count>(t));
 }
 
 }  // namespace

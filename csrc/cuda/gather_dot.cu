@@ -14,7 +14,7 @@ __global__ void gather_dot_kernel(const float* z, const float* bank, const int64
     const float score = dot_rows(z + q * dim, bank, row, n, dim);
     if (t < n) {
       out[q * k + first + t] = score;
-      if (!isfinite(score)) atomicMin(bad, static_cast<Count>(q));
+      if (!is_number(score)) atomicMin(bad, static_cast<Count>(q));
     }
   }
 }

@@ -21,7 +21,7 @@ __global__ void gather_nce_kernel(const float* z, const float* bank, const int64
     const float score = dot_rows(z + q * dim, bank, rows.row, n, dim);
     if (t < n) {
       rows.f[t] = static_cast<double>(score) / tau;
-      if (!isfinite(rows.f[t])) atomicMin(bad, static_cast<Count>(q));
+      if (!is_number(rows.f[t])) atomicMin(bad, static_cast<Count>(q));
       if (first + t == 0) positive = rows.f[0];
     }
     __syncthreads();

@@ -13,6 +13,9 @@ struct Tile {
   float rows[kTileDims][kTileRows + 4];
 };
 
+/// Neither NaN nor inf.
+__device__ inline bool is_number(double x) { return x - x == 0; }
+
 __device__ inline int own_query() { return threadIdx.x % (kTileQueries / kOwnQueries) * kOwnQueries; }
 __device__ inline int own_row() { return threadIdx.x / (kTileQueries / kOwnQueries) * kOwnRows; }
 
