@@ -4,11 +4,12 @@
 
 namespace mirepro {
 
+static_assert(kThreads == 256);
 constexpr int kTileQueries = 64, kTileRows = 128, kTileDims = 16;  // a block's tile
 constexpr int kOwnQueries = 4, kOwnRows = 8;                       // a thread's part of it; kThreads parts in all
 
 /// A slice of kTileDims dimensions of a block's queries and rows, transposed.
-struct Tile {
+struct alignas(16) Tile {
   float z[kTileDims][kTileQueries + 4];
   float rows[kTileDims][kTileRows + 4];
 };
@@ -19,16 +20,27 @@ __device__ inline bool is_number(double x) { return x - x == 0; }
 __device__ inline int own_query() { return threadIdx.x % (kTileQueries / kOwnQueries) * kOwnQueries; }
 __device__ inline int own_row() { return threadIdx.x / (kTileQueries / kOwnQueries) * kOwnRows; }
 
+struct alignas(16) Four {
+  float at[4];
+};
+
+/// One dimension of a slice: the thread's queries times its rows.
+__device__ inline void score_step(const Tile& tile, int d, float (&sum)[kOwnQueries][kOwnRows]) {
+  const Four z = *reinterpret_cast<const Four*>(&tile.z[d][own_query()]);
+  const Four rows[] = {*reinterpret_cast<const Four*>(&tile.rows[d][own_row()]), *reinterpret_cast<const Four*>(&tile.rows[d][own_row() + 4])};
+#pragma unroll
+  for (int i = 0; i < kOwnQueries; ++i)
+#pragma unroll
+    for (int j = 0; j < kOwnRows; ++j) sum[i][j] = __fmaf_rn(rows[j / 4].at[j % 4], z.at[i], sum[i][j]);
+}
+
 __device__ inline void score_slice(const Tile& tile, int width, float (&sum)[kOwnQueries][kOwnRows]) {
-#pragma unroll
-  for (int d = 0; d < kTileDims; ++d) {
-    if (d >= width) break;
-#pragma unroll
-    for (int i = 0; i < kOwnQueries; ++i)
-#pragma unroll
-      for (int j = 0; j < kOwnRows; ++j)
-        sum[i][j] = __fmaf_rn(tile.rows[d][own_row() + j], tile.z[d][own_query() + i], sum[i][j]);
+  if (width < kTileDims) {
+    for (int d = 0; d < width; ++d) score_step(tile, d, sum);
+    return;
   }
+#pragma unroll
+  for (int d = 0; d < kTileDims; ++d) score_step(tile, d, sum);
 }
 
 /// Scores of queries first_query.. and rows first_row.. of a block; each thread gets those of its own queries and rows.

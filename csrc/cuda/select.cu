@@ -51,13 +51,15 @@ __global__ void scan_kernel(Scan scan) {
     float sum[kOwnQueries][kOwnRows];
     score_tile(tile, scan.z, scan.queries, first_query, scan.rows, scan.count, first, scan.dim, sum);
     const int64_t row = first + own_row();
+#pragma unroll
     for (int i = 0; i < kOwnQueries; ++i) {
       const int lane = own_query() + i;
       const int64_t q = first_query + lane;
       if (q >= scan.queries || row >= scan.count) continue;
       uint8_t bits = 0;
+#pragma unroll
       for (int j = 0; j < kOwnRows; ++j) {
-        if (row + j >= scan.count) break;
+        if (row + j >= scan.count) continue;
         const float score = sum[i][j];
         const Key key = make_key(score, scan.row_ids == nullptr ? row + j : scan.row_ids[row + j]);
         if (scan.brackets == nullptr) {
@@ -66,6 +68,7 @@ __global__ void scan_kernel(Scan scan) {
         }
         if (scan.bad_row != nullptr && q == 0 && !is_number(score)) atomicMin(scan.bad_row, static_cast<Count>(row + j));
         if (!(score >= threshold[lane])) continue;
+#pragma unroll
         for (int e = 0; e < kEnds; ++e) {
           if (key < bracket[lane][e].lo) {
             ++better[i][e];
@@ -79,7 +82,10 @@ __global__ void scan_kernel(Scan scan) {
       if (scan.members != nullptr) scan.members[q * scan.member_bytes + row / 8] = bits;
     }
   }
-  for (int i = 0; i < kOwnQueries && scan.brackets != nullptr; ++i)
+  if (scan.brackets == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < kOwnQueries; ++i)
+#pragma unroll
     for (int e = 0; e < kEnds; ++e)
       if (better[i][e] != 0) atomicAdd(&scan.better[(first_query + own_query() + i) * kEnds + e], better[i][e]);
 }
