@@ -143,7 +143,9 @@ def gather_outputs(b: int, n: int, d: int, k: int, device: str) -> list[Tensor]:
     return [*result, ops.bank_assign(bank, z), ops.bank_assign(bank, bank[: n // 2 + 1])]
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 40, 16, 15), (5, 300, 33, 129), (2, 9, 70, 300), (9, 270, 130, 17)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (3, 40, 16, 15), (5, 300, 33, 129), (2, 9, 70, 300), (9, 270, 130, 17)]
+)
 def test_gathers_update_and_assignment(backend: Backend, shape: tuple[int, int, int, int]) -> None:
     want = gather_outputs(*shape, device="cpu")
     assert equal_bits(backend(lambda device: gather_outputs(*shape, device=device)), want)

@@ -5,9 +5,11 @@
 #include <ucontext.h>
 
 #include <cmath>
+#include <csetjmp>
 #include <cstdint>
 #include <cstdlib>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -24,40 +26,55 @@ struct dim3 {
 namespace mirepro::emulation {
 
 inline dim3 thread, block, threads, blocks;
-inline ucontext_t scheduler;
-
-struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack = std::vector<char>(1 << 17);
-  bool done = true;
-};
-inline std::vector<Fiber> fibers;
 inline std::function<void()> body;
 
-inline void run_body() {
-  body();
-  fibers[thread.x].done = true;
+/// Lives as long as the process and runs its thread of one block after the other. Started through a context, then
+/// changed by _longjmp, which spares a system call each time.
+struct Fiber {
+  ucontext_t context;
+  std::jmp_buf place;
+  std::vector<char> stack = std::vector<char>(1 << 17);
+  bool started = false, done = true;
+};
+inline std::vector<std::unique_ptr<Fiber>> fibers;
+inline std::jmp_buf scheduler;
+
+inline Fiber& current() { return *fibers[thread.x]; }
+
+inline void wait() {
+  if (_setjmp(current().place) == 0) _longjmp(scheduler, 1);
 }
 
-inline void wait() { swapcontext(&fibers[thread.x].context, &scheduler); }
+inline void live() {
+  for (;;) {
+    body();
+    current().done = true;
+    wait();
+  }
+}
+
+/// Runs the current thread up to its next barrier or its end.
+[[gnu::noinline]] inline void resume() {
+  if (_setjmp(scheduler) != 0) return;
+  Fiber& fiber = current();
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.data();
+  fiber.context.uc_stack.ss_size = fiber.stack.size();
+  makecontext(&fiber.context, live, 0);
+  setcontext(&fiber.context);
+}
 
 /// Runs every thread of the current block from barrier to barrier.
 inline void run_block(bool reverse) {
   const unsigned n = threads.x;
-  for (unsigned t = 0; t < n; ++t) {
-    auto& fiber = fibers[t];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, run_body, 0);
-    fiber.done = false;
-  }
+  for (unsigned t = 0; t < n; ++t) fibers[t]->done = false;
   for (unsigned done = 0; done == 0;) {
     for (unsigned i = 0; i < n; ++i) {
       thread.x = reverse ? n - 1 - i : i;
-      swapcontext(&scheduler, &fibers[thread.x].context);
-      done += fibers[thread.x].done;
+      resume();
+      done += current().done;
     }
     if (done != 0 && done != n) throw std::logic_error("emulation: some threads of a block ended while others wait at a barrier");
   }
@@ -66,7 +83,7 @@ inline void run_block(bool reverse) {
 inline void run(dim3 grid, unsigned n, std::function<void()> f) {
   const char* order = std::getenv("MIREPRO_EMULATION");
   const bool reverse = order != nullptr && std::string(order) == "reverse";
-  if (fibers.size() < n) fibers.resize(n);
+  while (fibers.size() < n) fibers.push_back(std::make_unique<Fiber>());
   body = std::move(f);
   threads = dim3(n);
   blocks = grid;
