@@ -172,6 +172,37 @@ def test_no_queries(backend: Backend) -> None:
     assert backend(call) == [(0, 3), (0, 3), (0, 2), (0, 2), (0,)]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_current_stream_and_every_device() -> None:
+    """Inputs written on a side stream are seen there, and tensors of another device are worked on where they lie."""
+    want = ops_cases.digests()
+    for device in range(torch.cuda.device_count()):
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)  # work that ignores the stream would read before the inputs are there
+            assert ops_cases.digests(f"cuda:{device}") == want
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_query_needs_little_memory_beside_the_bank() -> None:
+    z = torch.nn.functional.normalize(torch.randn(256, 128, device="cuda"), dim=1)
+    bank = torch.nn.functional.normalize(torch.randn(1_281_167, 128, device="cuda"), dim=1)
+    own = torch.arange(256, device="cuda")
+    calls: list[Callable[[], Any]] = [
+        lambda: ops.neighbors(z, bank, 4096),
+        lambda: ops.region_sample(z, bank, 12_811, 128_116, 4096, seed=1, step=1, sample_index=own),
+    ]
+    for call in calls:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        assert torch.cuda.max_memory_allocated() - before <= 120 * 2**20  # 96 MiB and the results
+
+
 SHIFT = """
 #include <cstdio>
 

@@ -284,7 +284,7 @@ __global__ void sort_step_kernel(Key* keys, int64_t pairs, int64_t n, int64_t si
   }
 }
 
-constexpr int64_t kScratch = int64_t{64} << 20;
+constexpr int64_t kScratch = int64_t{40} << 20;  // bytes of keys at a time, if 64 queries fit in
 
 int64_t chunk_of_queries(int64_t bytes_per_query) {
   return std::max<int64_t>(kTileQueries, kScratch / bytes_per_query / kTileQueries * kTileQueries);
