@@ -35,17 +35,18 @@ class Device {
     check(cudaGetLastError());
   }
 
-  void fill(void* at, int byte, int64_t bytes) const { check(cudaMemsetAsync(at, byte, bytes, stream_)); }
+  void fill(void* at, int byte, int64_t bytes) const {
+    if (bytes > 0) check(cudaMemsetAsync(at, byte, bytes, stream_));
+  }
   void upload(void* to, const void* from, int64_t bytes) const {
+    if (bytes == 0) return;
     check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_));
     check(cudaStreamSynchronize(stream_));  // `from` may go away
   }
   void download(void* to, const void* from, int64_t bytes) const {
+    if (bytes == 0) return;
     check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_));
     check(cudaStreamSynchronize(stream_));
-  }
-  void copy(void* to, const void* from, int64_t bytes) const {
-    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_));
   }
 
   const Tensor& like() const { return like_; }
@@ -65,12 +66,13 @@ class Device {
     emulation::run(grid, threads, [=] { kernel(arguments...); });
   }
 
-  void fill(void* at, int byte, int64_t bytes) const { std::memset(at, byte, bytes); }
-  void upload(void* to, const void* from, int64_t bytes) const { copy(to, from, bytes); }
-  void download(void* to, const void* from, int64_t bytes) const { copy(to, from, bytes); }
-  void copy(void* to, const void* from, int64_t bytes) const {
+  void fill(void* at, int byte, int64_t bytes) const {
+    if (bytes > 0) std::memset(at, byte, bytes);
+  }
+  void upload(void* to, const void* from, int64_t bytes) const {
     if (bytes > 0) std::memcpy(to, from, bytes);
   }
+  void download(void* to, const void* from, int64_t bytes) const { upload(to, from, bytes); }
 
   const Tensor& like() const { return like_; }
 
