@@ -3,6 +3,8 @@
 #include <array>
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace mirepro {
 
 /// Draw t of a sample is word t % 4 of block t / 4; key (seed, stream), counter (block, sample low, sample high, step).
@@ -10,7 +12,7 @@ struct Philox {
   uint32_t seed, stream, step;
   uint64_t sample;
 
-  std::array<uint32_t, 4> block(uint32_t number) const {
+  MIREPRO_HD std::array<uint32_t, 4> block(uint32_t number) const {
     uint32_t c0 = number, c1 = static_cast<uint32_t>(sample), c2 = static_cast<uint32_t>(sample >> 32), c3 = step;
     uint32_t k0 = seed, k1 = stream;
     for (int round = 0; round < 10; ++round) {
@@ -27,7 +29,7 @@ struct Philox {
 };
 
 /// Maps a word to [0, size): the high half of word * size, size < 2^32.
-inline int64_t mulhi(uint32_t word, int64_t size) {
+MIREPRO_HD inline int64_t mulhi(uint32_t word, int64_t size) {
   return static_cast<int64_t>((static_cast<uint64_t>(word) * static_cast<uint64_t>(size)) >> 32);
 }
 

@@ -1,8 +1,9 @@
-"""Typed face of the compiled memory-bank operators (C++ in `csrc`, float32 on the CPU).
+"""Typed face of the compiled memory-bank operators (C++ and CUDA in `csrc`, float32).
 
 A score is one sequential float32 fused-multiply-add chain over the dimension, so every result has the same bits for
-every thread count and instruction set (`MIREPRO_ISA=scalar|avx2|avx512` forces one). Regions are ranks of the scores,
-descending, ties by lower index. No operator holds a B x N or B x K x D buffer. Bad input raises `ValueError`.
+every thread count and instruction set (`MIREPRO_ISA=scalar|avx2|avx512` forces one) and on CUDA. Regions are ranks of
+the scores, descending, ties by lower index. No operator holds a B x N or B x K x D buffer. Bad input raises
+`ValueError`.
 
 `mirepro.reference` states every operator again, slowly, in float64.
 """
@@ -20,11 +21,17 @@ from mirepro.rng import Stream
 BUILD_COMMAND = "python setup.py build_ext --inplace"
 
 
-def _load() -> None:
-    found = sorted(Path(__file__).parent.glob("_ops*.so"))
+def _libraries(folder: Path, cuda: bool) -> list[Path]:
+    """The shared objects to load: the operators, and their CUDA kernels where they were built and can run."""
+    found = sorted(folder.glob("_ops.*so"))
     if not found:
-        raise UserError(f"mirepro/_ops*.so: the compiled operators are missing; build them with `{BUILD_COMMAND}`")
-    torch.ops.load_library(str(found[0]))
+        raise UserError(f"mirepro/_ops.*so: the compiled operators are missing; build them with `{BUILD_COMMAND}`")
+    return [found[0], *sorted(folder.glob("_ops_cuda.*so"))[:1]] if cuda else [found[0]]
+
+
+def _load() -> None:
+    for library in _libraries(Path(__file__).parent, torch.cuda.is_available()):
+        torch.ops.load_library(str(library))
 
 
 _load()
@@ -258,8 +265,8 @@ def _wants_gradient(z: Tensor) -> bool:
     return torch.is_grad_enabled() and z.requires_grad
 
 
-def _register_fakes() -> None:
-    """Shapes and dtypes for tracing; the arguments are those of the schemas in csrc/ops.cpp."""
+def _register_fakes(namespace: str) -> None:
+    """Shapes and dtypes for tracing; the arguments are those of the schemas in csrc/schemas.h."""
 
     def size(z: Tensor, *_: Any) -> Tensor:
         return z.new_empty((z.shape[0],), dtype=torch.int64)
@@ -293,10 +300,10 @@ def _register_fakes() -> None:
         "bank_assign": size,
     }
     for name, fake in fakes.items():
-        torch.library.register_fake(f"mirepro::{name}", fake)
+        torch.library.register_fake(f"{namespace}::{name}", fake)
 
 
-def _register_gradients() -> None:
+def _register_gradients(namespace: str) -> None:
     """The forward pass already holds d value / d z; backward only scales it. Nothing flows into the bank."""
 
     def keep_nce(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -320,10 +327,10 @@ def _register_gradients() -> None:
     def dot(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return _ops.gather_dot_backward(grad, *ctx.saved_tensors), None, None
 
-    torch.library.register_autograd("mirepro::gather_nce", nce, setup_context=keep_nce)
-    torch.library.register_autograd("mirepro::region_logsumexp", logsumexp, setup_context=keep_logsumexp)
-    torch.library.register_autograd("mirepro::gather_dot", dot, setup_context=keep_dot)
+    torch.library.register_autograd(f"{namespace}::gather_nce", nce, setup_context=keep_nce)
+    torch.library.register_autograd(f"{namespace}::region_logsumexp", logsumexp, setup_context=keep_logsumexp)
+    torch.library.register_autograd(f"{namespace}::gather_dot", dot, setup_context=keep_dot)
 
 
-_register_fakes()
-_register_gradients()
+_register_fakes("mirepro")
+_register_gradients("mirepro")

@@ -26,11 +26,11 @@ def unit(n: int, d: int, seed: int) -> NDArray[np.float32]:
     return (x / np.sqrt(square)[:, None]).astype(np.float32)
 
 
-def outputs() -> dict[str, list[Tensor]]:
+def outputs(device: str = "cpu") -> dict[str, list[Tensor]]:
     """The outputs of every operator, gradients included, on one fixed problem."""
-    z = torch.from_numpy(unit(37, 19, 1)).requires_grad_()
-    bank, own = torch.from_numpy(unit(2000, 19, 2)), torch.arange(37) * 5
-    labels = torch.from_numpy(rng.mulhi(rng.words(3, 1, 0, np.arange(3), 2000), 12))
+    z = torch.from_numpy(unit(37, 19, 1)).to(device).requires_grad_()
+    bank, own = torch.from_numpy(unit(2000, 19, 2)).to(device), torch.arange(37, device=device) * 5
+    labels = torch.from_numpy(rng.mulhi(rng.words(3, 1, 0, np.arange(3), 2000), 12)).to(device)
     draws = {"seed": 5, "step": 6, "sample_index": own, "own": own, "labels": labels}
     mates = ops.region_sample(z, bank, 20, 200, 50, exclude_mates=True, **draws)  # type: ignore[arg-type]
     distinct = ops.region_sample(z, bank, 20, 200, 50, exclude_own=True, replacement=False, **draws)  # type: ignore[arg-type]
@@ -56,11 +56,11 @@ def _gradient(value: Tensor, z: Tensor) -> Tensor:
     return torch.autograd.grad(value.sum(), z, retain_graph=True)[0]
 
 
-def digests() -> dict[str, str]:
+def digests(device: str = "cpu") -> dict[str, str]:
     """sha256 over the bytes of each operator's outputs."""
     return {
-        name: hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
-        for name, tensors in outputs().items()
+        name: hashlib.sha256(b"".join(t.detach().cpu().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+        for name, tensors in outputs(device).items()
     }
 
 

@@ -237,11 +237,11 @@ def test_no_gradient_reaches_the_bank() -> None:
     assert z.grad is not None
 
 
-def bad_calls() -> dict[str, tuple[Callable[[], Any], str]]:
-    z, bank, one = unit(3, 4), unit(9, 4, 1), torch.arange(3)
+def bad_calls(device: str = "cpu") -> dict[str, tuple[Callable[[], Any], str]]:
+    z, bank, one = unit(3, 4).to(device), unit(9, 4, 1).to(device), torch.arange(3, device=device)
     nan_z, nan_bank = z.clone(), bank.clone()
     nan_z[2, 1], nan_bank[7, 3] = np.nan, np.inf
-    wide = torch.arange(9).expand(3, 9)
+    wide = torch.arange(9, device=device).expand(3, 9)
     return {
         "nan query": (lambda: ops.neighbors(nan_z, bank, 2), r"z: row 2"),
         "nan bank": (lambda: ops.neighbors(z, nan_bank, 2), r"bank: row 7"),

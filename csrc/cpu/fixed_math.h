@@ -4,11 +4,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../host_device.h"
+
 namespace mirepro {
 
 /// e^x for x <= 709 in float64; relative error below 1e-15; below -708 it stays at e^-708. Without branches and
 /// conversions, so that loops over it are vectorised.
-inline double fixed_exp(double x) {
+MIREPRO_HD inline double fixed_exp(double x) {
   constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer, kept in the low bits
   constexpr double kInverseFactorial[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
                                           1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,     1.0 / 6,
@@ -28,7 +30,7 @@ inline double fixed_exp(double x) {
 }
 
 /// Natural logarithm of a positive normal number; the series of mirepro.rng.log.
-inline double fixed_log(double x) {
+MIREPRO_HD inline double fixed_log(double x) {
   int exponent;
   double mantissa = std::frexp(x, &exponent);
   if (mantissa < 0.70710678118654752440) {

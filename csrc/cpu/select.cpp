@@ -5,27 +5,11 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cstring>
 
+#include "../bracket.h"
 #include "score.h"
 
 namespace mirepro {
-
-Key make_key(float score, int64_t row) {
-  const float canonical = score + 0.0f;  // -0 becomes +0
-  uint32_t bits;
-  std::memcpy(&bits, &canonical, sizeof bits);
-  const uint32_t ascending = bits ^ ((bits >> 31) ? 0xFFFFFFFFu : 0x80000000u);
-  return static_cast<Key>(~ascending) << 32 | static_cast<uint32_t>(row);
-}
-
-float score_of(Key key) {
-  const uint32_t ascending = ~static_cast<uint32_t>(key >> 32);
-  const uint32_t bits = ascending ^ ((ascending >> 31) ? 0x80000000u : 0xFFFFFFFFu);
-  float score;
-  std::memcpy(&score, &bits, sizeof score);
-  return score;
-}
 
 Packed::Packed(const Matrix& z) : count(z.rows), groups((z.rows + kLanes - 1) / kLanes), data(groups * z.cols * kLanes, 0.0f) {
   for (int64_t q = 0; q < count; ++q)
@@ -36,10 +20,6 @@ const float* Packed::group(int64_t g, int64_t dim) const { return data.data() + 
 
 namespace {
 
-/// The key of one rank is looked for in [lo, hi].
-struct Bracket {
-  Key lo, hi;
-};
 using Brackets = std::vector<std::array<Bracket, 2>>;  // per query: of the first and of the last rank
 
 /// What one pass saw of a bracket: the number of better keys and the keys inside.
@@ -49,26 +29,10 @@ struct Seen {
 };
 using Pass = std::vector<std::array<Seen, 2>>;
 
-/// Rows of a jittered stratified sample: a plain stride would alias with banks ordered by class.
-std::vector<int64_t> sample_rows(int64_t n) {
-  int64_t size = 256;
-  while (size < 16384 && size * size * size < 64 * n * n) size += 64;
-  if (n <= 512 || size > n) size = n;
-  std::vector<int64_t> rows(size);
-  for (int64_t i = 0; i < size; ++i) {
-    const int64_t begin = i * n / size, end = (i + 1) * n / size;
-    rows[i] = begin + static_cast<int64_t>((i * 0x9E3779B97F4A7C15ull >> 33) % (end - begin));
-  }
-  return rows;
-}
-
 /// Bracket of `rank` of n from a sample whose keys are partly sorted as far as needed.
 Bracket bracket(std::vector<Key>& keys, int64_t n, int64_t rank, double sigmas) {
   const auto size = static_cast<int64_t>(keys.size());
-  const double p = (rank + 0.5) / n;
-  const double margin = size == n ? 0.0 : sigmas * std::sqrt(size * p * (1 - p)) + 2;
-  const int64_t lo = size == n ? rank : static_cast<int64_t>(std::floor(p * size - margin));
-  const int64_t hi = size == n ? rank : static_cast<int64_t>(std::ceil(p * size + margin));
+  const auto [lo, hi] = sample_ranks(size, n, rank, sigmas);
   Bracket result{kBest, kWorst};
   auto end = keys.end();
   if (hi < size) {

@@ -3,17 +3,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "../key.h"
 #include "tensors.h"
 
 namespace mirepro {
-
-/// A score and its bank row as one integer: smaller is better (score descending, then index ascending).
-using Key = uint64_t;
-constexpr Key kBest = 0, kWorst = ~Key{0};
-
-Key make_key(float score, int64_t row);
-float score_of(Key key);
-inline int64_t row_of(Key key) { return static_cast<int64_t>(key & 0xFFFFFFFFu); }
 
 /// N bits per query in bank-index order.
 struct Bitmap {

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -24,7 +25,15 @@ inline void require(bool holds, const std::string& message) {
   if (!holds) fail(message);
 }
 
-/// A contiguous CPU tensor of T with `dims` dimensions; keeps a contiguous copy alive if one was needed.
+#if defined(__CUDACC__)
+constexpr const char* kPlace = "CUDA";
+inline bool is_here(const Tensor& t) { return t.is_cuda(); }
+#else
+constexpr const char* kPlace = "CPU";
+inline bool is_here(const Tensor& t) { return t.is_cpu(); }
+#endif
+
+/// A contiguous tensor of T, on the device these operators are compiled for, with `dims` dimensions; keeps a contiguous copy alive if one was needed.
 template <class T>
 struct View {
   Tensor keep;
@@ -37,7 +46,7 @@ struct View {
 template <class T>
 View<T> view(const Tensor& t, const char* name, int64_t dims) {
   constexpr bool is_float = std::is_same_v<T, float>;
-  require(t.is_cpu(), std::string(name) + ": must be a CPU tensor");
+  require(is_here(t), std::string(name) + ": must be a " + kPlace + " tensor");
   require(t.scalar_type() == (is_float ? ScalarType::Float : ScalarType::Long), std::string(name) + ": dtype must be " + (is_float ? "float32" : "int64"));
   require(t.dim() == dims, std::string(name) + ": must have " + std::to_string(dims) + " dimensions, has " + std::to_string(t.dim()));
   View<T> v{t.is_contiguous() ? t : torch::stable::contiguous(t)};
