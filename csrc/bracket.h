@@ -15,9 +15,9 @@ struct Bracket {
 };
 
 /// Rows of a jittered stratified sample: a plain stride would alias with banks ordered by class.
-inline std::vector<int64_t> sample_rows(int64_t n) {
+inline std::vector<int64_t> sample_rows(int64_t n, int64_t most = 16384) {
   int64_t size = 256;
-  while (size < 16384 && size * size * size < 64 * n * n) size += 64;
+  while (size < most && size * size * size < 64 * n * n) size += 64;
   if (n <= 512 || size > n) size = n;
   std::vector<int64_t> rows(size);
   for (int64_t i = 0; i < size; ++i) {

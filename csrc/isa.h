@@ -33,4 +33,23 @@ inline Isa chosen_isa() {
                               name(best_isa()));
 }
 
+/// Whether the instructions of the certified first passes may be used: with the full AVX-512 variant only.
+inline bool has_bf16() {
+#if defined(__x86_64__)
+  return chosen_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+inline bool has_vnni() {
+#if defined(__x86_64__)
+  return chosen_isa() == Isa::avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
 }  // namespace mirepro

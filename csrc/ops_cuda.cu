@@ -4,6 +4,7 @@
 
 #include "cuda/device.cu"
 #include "cuda/select.cu"
+#include "cuda/sort.cu"
 
 #include "cuda/bank_assign.cu"
 #include "cuda/bank_update.cu"

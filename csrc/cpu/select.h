@@ -4,31 +4,10 @@
 #include <vector>
 
 #include "../key.h"
+#include "scan.h"
 #include "tensors.h"
 
 namespace mirepro {
-
-/// N bits per query in bank-index order.
-struct Bitmap {
-  int64_t words = 0;
-  std::vector<uint64_t> bits;
-
-  Bitmap() = default;
-  Bitmap(int64_t queries, int64_t rows) : words((rows + 63) / 64), bits(queries * words, 0) {}
-  uint64_t* row(int64_t q) { return bits.data() + q * words; }
-  bool test(int64_t q, int64_t j) { return row(q)[j / 64] >> (j % 64) & 1; }
-  void set(int64_t q, int64_t j) { row(q)[j / 64] |= uint64_t{1} << (j % 64); }
-  void clear(int64_t q, int64_t j) { row(q)[j / 64] &= ~(uint64_t{1} << (j % 64)); }
-};
-
-/// Queries in groups of kLanes, transposed to [group][dim][lane], padded with zeros.
-struct Packed {
-  int64_t count = 0, groups = 0;
-  std::vector<float> data;
-
-  explicit Packed(const Matrix& z);
-  const float* group(int64_t g, int64_t dim) const;
-};
 
 /// The region of ranks [lo, hi): its first and last key per query, and its members where asked for.
 struct Region {

@@ -2,6 +2,7 @@
 #include "../philox.h"
 #include "company.h"
 #include "select.h"
+#include "sort.h"
 
 namespace mirepro {
 namespace {

@@ -24,10 +24,6 @@ struct FoundBest {
 FoundBest find_best(const Device& device, const Matrix& z, const Matrix& bank, int64_t k);
 int64_t queries_at_once(const Matrix& bank, int64_t k);
 
-/// Sorts arrays of n keys each (n a power of two), ascending.
-void sort_keys(const Device& device, Key* keys, int64_t arrays, int64_t n);
-int64_t power_of_two(int64_t at_least);
-
 /// The key of number `rank` among key(0..n-1) by radix: eight passes, one digit of eight bits each. Whole block; every
 /// thread gets the result.
 template <class Source>
