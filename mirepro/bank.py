@@ -13,9 +13,12 @@ class MemoryBank:
     Rows change through `update` alone, after the loss and after backward, so that they stay part of the critic.
     """
 
-    def __init__(self, size: int, dim: int, *, seed: int, modality: int = 0) -> None:
+    def __init__(
+        self, size: int, dim: int, *, seed: int, modality: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
         draws = rng.normal(seed, rng.Stream.BANK, modality, np.arange(size), dim)
-        self.rows = torch.from_numpy((draws / np.sqrt((draws * draws).sum(1, keepdims=True))).astype(np.float32))
+        rows = (draws / np.sqrt((draws * draws).sum(1, keepdims=True))).astype(np.float32)
+        self.rows = torch.from_numpy(rows).to(device)
 
     @property
     def size(self) -> int:

@@ -45,6 +45,8 @@ def save(folder: Path, fingerprint: str, tensors: Mapping[str, Tensor], facts: M
 def load(folder: Path, fingerprint: str) -> Checkpoint | None:
     """The newest undamaged checkpoint, or None where there is none.
 
+    A damaged one is removed with a line of warning, so that the next `save` keeps the good one and not its remains.
+
     Raises:
         UserError: A checkpoint belongs to another run (other parameters, data or code).
     """
@@ -54,7 +56,8 @@ def load(folder: Path, fingerprint: str) -> Checkpoint | None:
         checkpoint = _read(path, fingerprint)
         if checkpoint is not None:
             return checkpoint
-        print(f"{path}: damaged checkpoint ignored", file=sys.stderr)
+        print(f"{path}: damaged checkpoint removed", file=sys.stderr)
+        path.unlink()
     return None
 
 
@@ -66,15 +69,16 @@ def _read(path: Path, fingerprint: str) -> Checkpoint | None:
     try:
         length = int.from_bytes(content[:8], "little")
         meta = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["mirepro"])
+        owner, facts = meta["fingerprint"], meta["facts"]
         tensors = from_safetensors(content)
-    except (SafetensorError, KeyError, ValueError):
+    except (SafetensorError, KeyError, TypeError, ValueError):
         return None
-    if meta["fingerprint"] != fingerprint:
+    if owner != fingerprint:
         raise UserError(
-            f"{path}: checkpoint of another run ({meta['fingerprint'][:12]}, not {fingerprint[:12]}); "
-            "remove the folder to start anew"
+            f"{path}: checkpoint of another run ({owner[:12]}, not {fingerprint[:12]}): other parameters, data or "
+            "code; remove the folder to start anew"
         )
-    return Checkpoint(tensors, meta["facts"])
+    return Checkpoint(tensors, facts)
 
 
 def clear(folder: Path) -> None:

@@ -1,22 +1,29 @@
 """The command line: every command parses, calls one function and prints."""
 
+import errno
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
-from mirepro import profiles
+from mirepro import files, profiles, site
 from mirepro.errors import UserError
+from mirepro.launch import commands
+from mirepro.launch.launcher import Detached, JobFailed
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=(
     "Exact reproduction of mutual-information contrastive representation learning."
 ))  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Import and check data sets.")
 app.add_typer(data_app, name="data")
+app.add_typer(commands.jobs_app, name="jobs")
+app.add_typer(commands.launch_app, name="launch")
+keys_app = typer.Typer(no_args_is_help=True, help="Keys that sign audits and releases.")
+app.add_typer(keys_app, name="keys")
 
 Key = Annotated[str | None, typer.Argument(help="a run or a data set, for stages that have several")]
 INTERRUPTED = 130
@@ -25,28 +32,12 @@ INTERRUPTED = 130
 ProfileName = Annotated[str, typer.Option("--profile", help="a folder of profiles/, or desk")]
 
 
-def find_root() -> Path:
-    """The repository that holds the working directory; it has to be the one this command was installed from.
-
-    Raises:
-        UserError: No repository here, or another one's command.
-    """
-    here = Path.cwd()
-    root = next((folder for folder in (here, *here.parents) if (folder / "mirepro" / "cli.py").is_file()), None)
-    own = Path(__file__).resolve().parent.parent
-    if root is None:
-        raise UserError(f"{here}: not inside the repository; change to its folder, for example {own}")
-    if own != root.resolve():
-        raise UserError(f"{sys.argv[0]} belongs to {own}, not to {root}; run `. .venv/bin/activate` in {root}")
-    return root
-
-
 @app.command()
 def stage(name: str, key: Key = None, profile: ProfileName = "desk") -> None:
     """Run one stage; the pipeline's commands call this."""
-    from mirepro import stages
+    from mirepro.launch import jobs
 
-    stages.run(find_root(), profile, name, key)
+    jobs.run(profiles.find_root(), profile, name, key)
 
 
 @app.command()
@@ -54,14 +45,22 @@ def repro(
     target: Annotated[str | None, typer.Argument(help="a stage such as pretrain@ir-s0, or a group of stages")] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="stages at a time")] = os.cpu_count() or 1,
     profile: ProfileName = "desk",
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", "-k", help="after a failure, run what does not need it")
+    ] = False,
+    launch: Annotated[
+        str | None, typer.Option(help=f"inline, local, slurm or a site [default: ${site.VARIABLE}]")
+    ] = None,
 ) -> None:
     """Bring every stale stage up to date, several at a time."""
     from mirepro import environment, stages
     from mirepro.launch import waves
 
-    chosen = profiles.load(find_root(), profile)
+    chosen = profiles.load(profiles.find_root(), profile)
+    if launch is not None:
+        os.environ[site.VARIABLE] = launch
     try:
-        count = waves.repro(chosen, targets(chosen, target), jobs)
+        count = waves.repro(chosen, targets(chosen, target), jobs, keep_going)
     except waves.StageFailed as failure:
         print(f"mirepro: {failure}", file=sys.stderr)
         raise typer.Exit(1) from failure
@@ -87,7 +86,7 @@ def status(profile: ProfileName = "desk") -> None:
     from mirepro import stages
     from mirepro.launch.plan import Pipeline
 
-    chosen = profiles.load(find_root(), profile)
+    chosen = profiles.load(profiles.find_root(), profile)
     stages.code(chosen)
     plan = Pipeline(chosen.root, [chosen.pipeline]).plan()
     for name in plan.stale:
@@ -96,12 +95,37 @@ def status(profile: ProfileName = "desk") -> None:
 
 
 @app.command()
-def env(as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False) -> None:
-    """Show versions, processor and commit."""
+def plan(profile: ProfileName = "desk") -> None:
+    """Predict hours, memory and disk of a profile's stages from measured rates."""
+    from mirepro.launch import budget
+
+    print("\n".join(budget.lines(profiles.load(profiles.find_root(), profile))))
+
+
+@app.command()
+def published(
+    profile: ProfileName = "desk",
+    pdf: Annotated[list[Path] | None, typer.Option(help="the papers' PDFs; repeatable")] = None,
+) -> None:
+    """Check the values transcribed from the papers: places, numbers, provenance, digests of the PDFs."""
+    from mirepro.report import published, tables
+
+    chosen = profiles.load(profiles.find_root(), profile)
+    path = chosen.root / "published" / f"{profile}.csv"
+    done, lines = published.check(path, tables.places(chosen.values["tables"]), pdf or ())
+    print(f"{path.relative_to(chosen.root)}: {done} of {lines} values transcribed")
+
+
+@app.command()
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False, profile: ProfileName = "desk"
+) -> None:
+    """Show versions, processor, commit, and the determinism key with everything behind it."""
     from mirepro import environment
 
-    facts = environment.environment(find_root())
-    print(json.dumps(facts, indent=1) if as_json else "\n".join(f"{name}: {value}" for name, value in facts.items()))
+    chosen = profiles.load(profiles.find_root(), profile)
+    facts = environment.environment(chosen.root) | environment.exactness(chosen)
+    print(json.dumps(facts, indent=1) if as_json else "\n".join(environment.lines(facts)))
 
 
 @app.command()
@@ -116,45 +140,155 @@ def diff(run_a: Path, run_b: Path) -> None:
 
 @data_app.command("import")
 def import_data(
-    kind: Annotated[str, typer.Argument(help="cifar10 or coco")],
+    kind: Annotated[str, typer.Argument(help="cifar10, cifar100, stl10, imagenet, coco, voc or lvis")],
     path: Path,
     out: Annotated[Path | None, typer.Option(help="folder of the data set [default: data/KIND]")] = None,
+    side: Annotated[int | None, typer.Option(help="imagenet: side of the stored squares; 0 keeps the bytes")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="imagenet: processes")] = os.cpu_count() or 1,
 ) -> None:
-    """Turn CIFAR-10 or COCO into shards with a manifest."""
-    root = find_root()
-    from mirepro.data import cifar, coco
+    """Turn a data set that you fetched into shards with a manifest."""
+    root = profiles.find_root()
+    from mirepro.data import catalogue
 
-    importers: dict[str, Any] = {"cifar10": cifar.import_cifar10, "coco": coco.import_coco}
-    if kind not in importers:
-        raise UserError(f"data import: {kind!r} is unknown; known: {', '.join(importers)}")
-    for split, counts in importers[kind](path, out or root / "data" / kind).items():
+    for split, counts in catalogue.load(kind, path, out or root / "data" / kind, side, jobs).items():
         print(f"{split}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
 
 
 @data_app.command()
-def check(name: Annotated[str | None, typer.Argument(help="a data set [default: all]")] = None) -> None:
-    """Compare shards with their manifests."""
-    from mirepro.data import shards
+def check(
+    name: Annotated[str | None, typer.Argument(help="a data set [default: all that are here]")] = None,
+    profile: Annotated[str | None, typer.Option("--profile", help="all data sets of a profile")] = None,
+) -> None:
+    """Compare shards with their manifests; say what is missing, where to get it, and under which terms."""
+    from mirepro.data import catalogue
 
-    folder = find_root() / "data"
-    found = [name] if name else sorted(path.parent.name for path in folder.glob("*/manifest.json"))
-    for item in found:
-        shards.verify(folder / item)
-        print(f"{item}: intact")
+    root = profiles.find_root()
+    here = sorted(path.parent.name for path in (root / "data").glob("*/manifest.json"))
+    names = [name] if name else profiles.load(root, profile).values["datasets"] if profile else here
+    states = catalogue.states(root / "data", names)
+    for item, state in states.items():
+        print(f"{item}: {state}")
+    lacking = [item for item, state in states.items() if catalogue.missing(state)]
+    if lacking:
+        raise UserError(f"missing: {', '.join(lacking)}; import them as said above")
+
+
+@app.command()
+def audit(
+    source: Annotated[
+        str, typer.Argument(envvar="MIREPRO_AUDIT_SOURCE", help="a folder, FOLDER@REVISION, or a git URL[@REVISION]")
+    ] = "",
+    level: Annotated[int, typer.Option(help="0 verify, 1 recompute tables, 2 evaluate again, 3 train again")] = 1,
+    select: Annotated[list[str] | None, typer.Option(help="what to run again: T1, 'evaluate@ir-*', ...")] = None,
+    profile: ProfileName = "desk",
+    policy: Annotated[Path | None, typer.Option(help="judge by this file, not by the source's audit.yaml")] = None,
+    publisher_key: Annotated[Path | None, typer.Option(help="public key that must have signed the release")] = None,
+    remote: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MIREPRO_AUDIT_REMOTE",
+            help="what git lacks: a release (folder, tar or docker://HOST/NAME@DIGEST), or a folder of a DVC remote",
+        ),
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="private key that signs the report; `mirepro keys new`")] = None,
+    seeds: Annotated[int, typer.Option(help="at level 3: fresh seeds for each row")] = 0,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="stages at a time")] = 1,
+    trust_code: Annotated[bool, typer.Option(help="run the audited code without a sandbox")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", envvar="MIREPRO_AUDIT_OUT", help="folder of the report; audit-report here, or beside SOURCE"
+        ),
+    ] = None,
+    self_test: Annotated[bool, typer.Option(help="tamper with copies and show that each tamper is caught")] = False,
+) -> None:
+    """Audit published results: a verdict for every table cell. Exit 0 reproduced, 1 diverged, 2 not decided."""
+    from mirepro.audit import levels, output, selftest
+
+    if self_test:
+        raise typer.Exit(selftest.conduct(Path(source) if source else profiles.find_root(), profile))
+    if not source:
+        raise UserError("audit: no source; give a folder, FOLDER@REVISION or a git URL")
+    out = out or levels.default_out(source)
+    what = (source, out, level, tuple(select or ()), profile, policy, publisher_key, remote, seeds, jobs, trust_code)
+    raise typer.Exit(output.conduct(levels.Options(*what), key))
+
+
+@app.command()
+def relock(
+    stages: Annotated[list[str], typer.Argument(help="trainings, for example pretrain@ir-s0 or 'pretrain@*'")],
+    steps: Annotated[int, typer.Option(help="steps to compute again, up to the next digest")] = 100,
+    profile: ProfileName = "desk",
+) -> None:
+    """Keep trainings whose changed code computes the same: first steps, outputs, metrics. Exit 1 if one is refused."""
+    from mirepro.audit import relock as evidence
+
+    chosen = profiles.load(profiles.find_root(), profile)
+    refused = evidence.relock(chosen, stages, steps)
+    raise typer.Exit(1 if refused else 0)
+
+
+@app.command()
+def publish(
+    out: Annotated[Path, typer.Argument(help="the release: a new folder, or a file that ends in .tar")],
+    key: Annotated[Path, typer.Option(help="private key that signs the release; `mirepro keys new`")],
+    profile: ProfileName = "desk",
+    push: Annotated[str | None, typer.Option(help="put it into a registry too: HOST/NAME:TAG")] = None,
+) -> None:
+    """Freeze a committed result: a signed list of all its files, and its artefacts as a DVC remote."""
+    from mirepro.audit import registry, release
+
+    root = profiles.find_root()
+    if push is not None:
+        registry.address(push)
+    count = release.publish(root, profile, key, out)
+    print(f"{count} files signed: {out}\nthe list, to be committed: {root / release.FILE}")
+    if push is not None:
+        print(f"pushed: {release.push(out, push)}")
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="audit.dsse.json, its folder, or a release")],
+    key: Annotated[Path | None, typer.Option(help="public key that must have signed it")] = None,
+) -> None:
+    """Check a signed audit: signature, files, every verdict from its inputs. Exit 0 good, 1 wrong, 2 not decided."""
+    from mirepro.audit import output
+
+    code, lines = output.verify(file, key)
+    print("\n".join(lines))
+    raise typer.Exit(code)
+
+
+@keys_app.command("new")
+def new_keys(file: Annotated[Path, typer.Argument(help="the private key; the public one goes to FILE.pub")]) -> None:
+    """Make a pair of Ed25519 keys."""
+    from mirepro.audit import statement
+
+    name = statement.new_keys(file)
+    print(f"private key: {file} (keep it to yourself)\npublic key: {file}.pub\nid: {name}")
 
 
 def main() -> None:
-    """Entry point: bad input is one line and exit 2, Ctrl-C one line and exit 130."""
+    """Entry point: bad input is one line and exit 2, a failed job exit 1, Ctrl-C one line and exit 130."""
     try:
         code = app(standalone_mode=False)
     except UserError as error:
         complain(str(error), 2)
+    except JobFailed as error:
+        complain(str(error), 1)
+    except Detached as error:
+        complain(str(error), INTERRUPTED)
     except TyperException as error:
         complain(f"{error.format_message() or 'no command.'} Try `mirepro --help`.", 2)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "mirepro":
             raise
         complain(f"{error.name} is not installed in {sys.executable}; run `make setup`, then `. .venv/bin/activate`", 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS):
+            raise
+        complain(str(files.refusal(Path(error.filename or Path.cwd()), error)), 2)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:

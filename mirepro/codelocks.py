@@ -6,7 +6,7 @@ invalidates nothing. Only the standard library is used, and the same hashes come
 
 import ast
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,8 +34,16 @@ TEXTS = {
 OPERATORS = "mirepro.ops"
 """Stands for compiled code: its version and golden outputs count, not its source; a faster kernel changes nothing."""
 
-SLICED = "mirepro.params"
-"""Of this module only the definitions count that a closure names: one stage's parameters are no other's business."""
+SLICED = ("mirepro.params", "mirepro.determinism")
+"""Of these modules only the definitions count that a closure names: one stage's parameters are no other's business."""
+
+COMPUTING = ("pretrain", "evaluate", "controls", "detect", "toy")
+RUNNER = {
+    "mirepro.determinism": {"environment", "configure_torch"},
+    "mirepro.params": {"build", "plain"},
+    "mirepro.profiles": {"Profile.build", "Profile.run", "Profile.recipe", "merge"},
+}
+"""What the runner does to the results of these stages: it sets the libraries up and resolves the parameters."""
 
 DATA_SUFFIXES = (".json", ".yaml", ".html", ".j2", ".css", ".csv")
 """Of files in a sub-package that are no Python; anything else (an editor's leftovers) decides no result."""
@@ -155,12 +163,22 @@ class Sources:
                 todo += self.imports(module)
         return seen
 
-    def names(self, modules: Iterable[str]) -> set[str]:
-        """Every identifier that appears in the modules."""
-        nodes = [node for module in modules for node in ast.walk(self.tree(module))]
-        found = {node.id for node in nodes if isinstance(node, ast.Name)}
-        found |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-        return found | {a.name for node in nodes if isinstance(node, ast.ImportFrom) for a in node.names}
+    def names(self, target: str, modules: Iterable[str]) -> set[str]:
+        """What the modules take from `target`: by `from target import x`, or as the attribute x of its short name."""
+        found: set[str] = set()
+        for module in modules:
+            package = module if (self.path(module) or Path()).name == "__init__.py" else module.rpartition(".")[0]
+            for node in ast.walk(self.tree(module)):
+                if isinstance(node, ast.ImportFrom) and _absolute(node, package) == target:
+                    found |= {alias.name for alias in node.names}
+                elif isinstance(node, ast.Attribute) and _named(node.value) == target.rpartition(".")[2]:
+                    found.add(node.attr)
+        return found
+
+
+def _named(node: ast.expr) -> str | None:
+    """The last name of `x` or `a.b.x`."""
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
 
 
 def _running(tree: ast.AST) -> Iterator[ast.AST]:
@@ -182,32 +200,64 @@ def _absolute(node: ast.ImportFrom, package: str) -> str:
 
 
 def sliced(tree: ast.Module, names: set[str]) -> str:
-    """Canonical text of a module reduced to the definitions that `names` reach, plus all its other statements."""
-    definitions = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-    others = [node for node in tree.body if node not in definitions.values()]
-    todo = {name for name in definitions if name in names} | {n for o in others for n in _used(o, definitions)}
+    """Canonical text of a module reduced to what `names` reach (`f`, `Class`, `Class.method`), in its order."""
+    bound = [(name, node) for node in tree.body for name in _bound(node)]
+    methods = [
+        (f"{node.name}.{inner.name}", inner)
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+        for inner in node.body
+        if isinstance(inner, ast.FunctionDef)
+    ]
+    definitions: dict[str, list[ast.stmt]] = {}
+    for name, node in [*bound, *methods]:
+        definitions.setdefault(name, []).append(node)
     kept: set[str] = set()
+    todo = names & definitions.keys()
     while todo - kept:
         name = (todo - kept).pop()
         kept.add(name)
-        todo |= _used(definitions[name], definitions)
-    return _value([node for node in tree.body if node in others or getattr(node, "name", None) in kept])
+        todo |= {
+            inner.id for node in definitions[name] for inner in ast.walk(node) if isinstance(inner, ast.Name)
+        } & definitions.keys()
+    nodes = [node for name, node in [*bound, *methods] if name in kept]
+    return _value(list({id(node): node for node in nodes}.values()))
 
 
-def _used(node: ast.AST, definitions: dict[str, ast.ClassDef | ast.FunctionDef]) -> set[str]:
-    return {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)} & definitions.keys()
+def _bound(node: ast.stmt) -> list[str]:
+    """Names that a statement of a module defines."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return [node.name]
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [alias.asname or alias.name.partition(".")[0] for alias in node.names]
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+        return []
+    return [inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)]
 
 
-def lock(sources: Sources, entry: str) -> dict[str, str]:
-    """`{module: hash}` of an entry's closure, with the data files of its sub-packages and the operators' version."""
-    modules = sources.closure(entry)
-    python = modules - {OPERATORS, SLICED}
+def lock(sources: Sources, entry: str, runner: Mapping[str, set[str]] | None = None) -> dict[str, str]:
+    """`{module: hash}` of an entry's closure, with the data files of its sub-packages and the operators' version.
+
+    Args:
+        sources: The modules.
+        entry: The module that the stage runs.
+        runner: What counts beside the closure: names by module (`RUNNER`).
+    """
+    modules, runner = sources.closure(entry), runner or {}
+    python = modules - {OPERATORS, *SLICED}
     result = {module: digest(canonical(sources.tree(module))) for module in python}
-    if SLICED in modules:
-        result[SLICED] = digest(sliced(sources.tree(SLICED), sources.names(python)))
+    for module in sorted((modules & set(SLICED)) | runner.keys()):
+        names = sources.names(module, python) | runner.get(module, set())
+        result[module] = digest(sliced(sources.tree(module), names))
     if OPERATORS in modules:
         result[OPERATORS] = files.sha256(_version(sources.root))
     return result | _texts(sources, python)
+
+
+def stage_lock(sources: Sources, stage: str) -> dict[str, str]:
+    """The lock of a stage, or of `objectives/<name>`."""
+    entry = ENTRIES.get(stage) or f"mirepro.{stage.replace('/', '.')}"
+    return lock(sources, entry, RUNNER if stage in COMPUTING else None)
 
 
 def _version(root: Path) -> Path:
@@ -243,17 +293,36 @@ def write(root: Path, profile: str, objectives: Iterable[str]) -> None:
     """
     sources = Sources(root)
     folder = root / "locks" / profile
-    made = {f"{stage}.json": lock(sources, entry) | _beside(root, profile, stage) for stage, entry in ENTRIES.items()}
+    made = {f"{stage}.json": stage_lock(sources, stage) | _beside(root, profile, stage) for stage in ENTRIES}
     for name in objectives:
         module = f"mirepro.objectives.{name}"
         if sources.path(module) is None:
             raise UserError(f"objective {name!r}: no file mirepro/objectives/{name}.py; correct `rows` in params.yaml")
-        made[f"objectives/{name}.json"] = lock(sources, module)
+        made[f"objectives/{name}.json"] = stage_lock(sources, f"objectives/{name}")
     for path in folder.rglob("*.json"):
         if str(path.relative_to(folder)) not in made:
             path.unlink()
     for relative, content in made.items():
         files.write_json(folder / relative, content)
+
+
+def current(root: Path, needs: Iterable[str]) -> bool:
+    """Whether the code locks among a stage's needs fit the code of this process.
+
+    Args:
+        root: The repository's root, which holds the locks.
+        needs: Paths relative to the root; others than locks do not count.
+    """
+    sources = Sources(Path(__file__).resolve().parent.parent)
+    for need in needs:
+        folder, _, rest = need.partition("/")
+        profile, _, name = rest.partition("/")
+        if folder != "locks":
+            continue
+        stage = name.removesuffix(".json")
+        if files.read_json(root / need) != stage_lock(sources, stage) | _beside(root, profile, stage):
+            return False
+    return True
 
 
 def _beside(root: Path, profile: str, stage: str) -> dict[str, str]:

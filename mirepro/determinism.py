@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mirepro.errors import UserError
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TIERS = ("portable", "exact", "fast")
+TIER = "MIREPRO_TIER"  # environment variable: the tier of a program that imports torch before this package
 
 
 def environment(tier: str, threads: int) -> dict[str, str]:
@@ -48,8 +50,8 @@ def _numpy_features() -> str:
     from numpy._core import _multiarray_umath as umath  # type: ignore[attr-defined]
 
     above = [name for name in umath.__cpu_dispatch__ if name.startswith(("AVX512", "X86_V4", "AVX10"))]
-    disabled = os.environ.get("NPY_DISABLE_CPU_FEATURES", "").split()
-    return " ".join(name for name in above if umath.__cpu_features__.get(name) or name in disabled)
+    disabled = os.environ.get("NPY_DISABLE_CPU_FEATURES", "").replace(",", " ").split()
+    return ",".join(name for name in above if umath.__cpu_features__.get(name) or name in disabled)
 
 
 def reexec_if_needed(tier: str, threads: int) -> None:
@@ -58,26 +60,78 @@ def reexec_if_needed(tier: str, threads: int) -> None:
     Raises:
         UserError: torch is imported already, so the variables would come too late.
     """
-    wanted = environment(tier, threads)
-    foreign = (environment("portable", threads).keys() - wanted.keys()) & os.environ.keys()
-    if not foreign and all(os.environ.get(name) == value for name, value in wanted.items()):
+    differing = departures(tier, threads)
+    if not differing:
         return
     if "torch" in sys.modules:
         raise UserError(f"tier {tier}: torch was imported in another environment; start through the `mirepro` command")
-    kept = {name: value for name, value in os.environ.items() if name not in foreign}
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], kept | wanted)
+    changed = os.environ | {name: value for name, (value, _) in differing.items() if value is not None}
+    kept = {name: value for name, value in changed.items() if name not in differing or differing[name][0] is not None}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], kept)
+
+
+def departures(tier: str, threads: int) -> dict[str, tuple[str | None, str | None]]:
+    """Variables that stand otherwise than a tier wants: `{name: (wanted, standing)}`; None means unset.
+
+    Raises:
+        UserError: Unknown tier, or no thread.
+    """
+    wanted = dict.fromkeys(environment("portable", threads)) | environment(tier, threads)
+    pairs = {name: (value, os.environ.get(name)) for name, value in wanted.items()}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def guard() -> None:
+    """Refuses a program that imported torch in another environment than its tier (`MIREPRO_TIER`, or portable) wants.
+
+    The package calls this when it is imported after torch; any number of threads will do here.
+
+    Raises:
+        UserError: Tier portable, and a variable stands otherwise than it wants, or torch does not follow them.
+    """
+    if os.environ.get(TIER, "portable") != "portable":
+        return
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    differing = departures("portable", int(threads) if threads.isdecimal() and threads != "0" else 1)
+    if differing:
+        name, (value, standing) = min(differing.items())
+        raise UserError(
+            f"{name}: {standing!r}, tier portable wants {value!r} before torch is imported; set the variables of "
+            f"portable.env or start through the `mirepro` command, or give up exact results with {TIER}=fast"
+        )
+    _capability()
+
+
+def _capability() -> None:
+    """Checks that torch took its AVX2 kernels: the variables may have been set after its import."""
+    import torch
+
+    found = torch.backends.cpu.get_cpu_capability()
+    if found != "AVX2":
+        raise UserError(
+            f"tier portable: torch computes with {found} instead of AVX2; the processor needs AVX2, and the variables "
+            "of portable.env must stand before torch is imported (start through the `mirepro` command)"
+        )
 
 
 def configure_torch(tier: str, threads: int) -> None:
-    """Threads and deterministic algorithms; call once, before the first tensor operation."""
+    """Threads and deterministic algorithms; call once, before the first tensor operation.
+
+    Raises:
+        UserError: Tier portable, and torch does not compute with AVX2.
+    """
     import torch
 
+    if tier == "portable":
+        _capability()
     torch.set_num_threads(threads)
     if tier != "fast":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def key(tier: str, threads: int) -> dict[str, Any]:
@@ -86,15 +140,26 @@ def key(tier: str, threads: int) -> dict[str, Any]:
 
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy", "scipy")}
     shared = {"tier": tier, "threads": threads, "versions": versions, "machine": platform.machine()}
-    return shared | ({"isa": "avx2"} if tier == "portable" else {"cpu": _cpu_name()})
+    if tier == "portable":
+        return shared | {"isa": "avx2"}
+    found = gpus()
+    return shared | {"cpu": cpu("model name")} | ({"gpus": found} if found else {})
 
 
-def _cpu_name() -> str:
+def cpu(field: str) -> str:
+    """A line of the first processor in /proc/cpuinfo, for example `model name` or `flags`."""
     try:
         with open("/proc/cpuinfo") as file:
-            return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "unknown")
+            return next((line.split(":")[1].strip() for line in file if line.startswith(field)), "unknown")
     except OSError:
         return platform.processor() or "unknown"
+
+
+def gpus() -> list[str]:
+    """Models of the NVIDIA devices as the driver lists them; torch is not needed."""
+    texts = [path.read_text() for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))]
+    lines = [line for text in texts for line in text.splitlines() if line.startswith("Model")]
+    return [line.partition(":")[2].strip() for line in lines]
 
 
 def digests(tensors: Mapping[str, "Tensor"]) -> dict[str, str]:

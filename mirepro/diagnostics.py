@@ -75,7 +75,7 @@ def nce(objective: Objective, z: Mapping[str, Tensor], banks: Mapping[str, Memor
         step: A step no training batch has used.
     """
     plain = Ir(k=objective.k, tau=objective.tau)
-    index = torch.arange(len(next(iter(z.values()))))
+    index = torch.arange(len(next(iter(z.values()))), device=next(iter(z.values())).device)
     sums = 0.0
     for q in objective.queries(z, banks, index, step):
         pieces = [replace(q, z=q.z[rows], index=rows) for rows in index.split(CHUNK)]
@@ -96,7 +96,7 @@ def held_out(objective: Objective, first: Mapping[str, Tensor], second: Mapping[
     estimates = []
     for anchor, other in objective.pairs():
         n = len(first[anchor])
-        index = torch.arange(n)[:, None]
+        index = torch.arange(n, device=first[anchor].device)[:, None]
         everything, _ = ops.region_logsumexp(first[anchor], second[other], 0, n, objective.tau)
         positive = ops.gather_dot(first[anchor], second[other], index)[:, 0] / objective.tau
         estimates.append(math.log(n) - float((everything - positive).double().mean()))

@@ -34,7 +34,12 @@ def diff(first: Path, second: Path) -> str | None:
         if left["chain"] != right["chain"]:
             names = sorted(left["tensors"].keys() | right["tensors"].keys())
             differing = [name for name in names if left["tensors"].get(name) != right["tensors"].get(name)]
-            return f"first difference at step {left['step']}: {', '.join(differing) or 'before this step'}"
+            return f"first difference at step {left['step']}: {_listed(differing) or 'before this step'}"
     if len(a) != len(b):
         return f"equal for {min(len(a), len(b))} records, then one run goes on: {len(a)} and {len(b)} records"
     return None
+
+
+def _listed(names: list[str], shown: int = 5) -> str:
+    more = f" and {len(names) - shown} more tensors" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

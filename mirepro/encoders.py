@@ -112,6 +112,11 @@ class Ensemble(nn.Module):
         self.strides = trunks[0].strides
         self.channels = [sum(widths) for widths in zip(*(trunk.channels for trunk in trunks), strict=True)]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights stand."""
+        return next(self.parameters()).device
+
     def encoder(self, modality: str) -> Encoder:
         """The encoder of one modality."""
         encoder = self.encoders[modality]

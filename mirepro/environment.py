@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,56 @@ def environment(root: Path) -> dict[str, Any]:
     return {
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": platform.platform(),
-        "processor": determinism.key("exact", 1)["cpu"],
+        "processor": determinism.cpu("model name"),
         "cores": os.cpu_count(),
         "commit": _commit(root),
         "requirements.lock": _hash(root / "requirements.lock"),
         **versions,
     }
+
+
+def exactness(profile: Profile) -> dict[str, Any]:
+    """The determinism key of a profile's results and everything behind it, for `mirepro env`."""
+    differing = determinism.departures(profile.tier, profile.threads)
+    names = sorted({*determinism.environment(profile.tier, profile.threads), *differing})
+    wanted = {name: os.environ.get(name) for name in names} | {name: pair[0] for name, pair in differing.items()}
+    return {
+        "key": determinism.key(profile.tier, profile.threads),
+        "variables": {name: {"wanted": wanted[name], "standing": os.environ.get(name)} for name in names},
+        "threads": {"of a stage": profile.threads, "cores": os.cpu_count(), "usable": len(os.sched_getaffinity(0))},
+        "operators": _operators(profile.root),
+        "gpus": determinism.gpus(),
+        "flags": sorted(determinism.cpu("flags").split()),
+    }
+
+
+def _operators(root: Path) -> dict[str, Any]:
+    """How the compiled operators were built, and the instruction set they find and use here."""
+    facts: dict[str, Any] = {"versions": files.read_json(root / "mirepro" / "ops_version.json")}
+    try:
+        from mirepro import _build_info as info  # type: ignore[attr-defined]
+    except ImportError:
+        return facts | {"build": "missing; run `python setup.py build_ext --inplace`"}
+    found = {"compiler": info.compiler(), "cuda": info.cuda_arch_list() or "not built"}
+    return facts | found | {"isa found": info.best_isa(), "isa used": info.isa()}
+
+
+def lines(facts: Mapping[str, Any]) -> list[str]:
+    """The facts for people: one line each; variables that stand otherwise than wanted say so."""
+    result = []
+    for name, value in facts.items():
+        if name == "variables":
+            result += [f"{name}:", *(f"  {_variable(key, **pair)}" for key, pair in value.items())]
+        elif isinstance(value, Mapping):
+            result += [f"{name}:", *(f"  {line}" for line in lines(value))]
+        else:
+            result.append(f"{name}: {' '.join(map(str, value)) or 'none' if isinstance(value, list) else value}")
+    return result
+
+
+def _variable(name: str, wanted: str | None, standing: str | None) -> str:
+    text = f"{name}: {wanted or 'unset'}"
+    return text if wanted == standing else f"{text} (here {standing or 'unset'}; a stage sets it itself)"
 
 
 def view(profile: Profile) -> dict[str, Any]:

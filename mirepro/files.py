@@ -1,12 +1,12 @@
 """Files that are either there whole or not at all."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mirepro.errors import UserError
 
@@ -14,25 +14,43 @@ from mirepro.errors import UserError
 def write_bytes(path: Path | str, content: bytes) -> None:
     """Writes a file atomically: temporary file beside it, fsync, rename.
 
+    The temporary file's name is fixed, so that one left behind by a killed process is used up by the next attempt and
+    never stays in a folder whose content is hashed.
+
     Raises:
         UserError: The folder is read-only, missing a permission, or the disk is full.
     """
     path = Path(path)
-    temporary = None
+    fresh = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _owned(fresh) as file:
+            try:
+                file.write(content)
+                file.flush()
+                os.fchmod(file.fileno(), 0o644)
+                os.fsync(file.fileno())
+                os.replace(fresh, path)
+            except OSError:
+                fresh.unlink(missing_ok=True)
+                raise
         sync_folder(path.parent)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise refusal(path, error) from error
+
+
+def _owned(fresh: Path) -> BinaryIO:
+    """Opens a temporary file, empty, that no other process writes; the lock goes when it is closed."""
+    while True:
+        file = fresh.open("ab")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), fresh.stat()):
+                file.truncate(0)
+                return file
+        except FileNotFoundError:
+            pass  # its former owner has renamed it meanwhile: it is the published file now
+        file.close()
 
 
 def sync_folder(folder: Path) -> None:

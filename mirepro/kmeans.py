@@ -25,7 +25,7 @@ def kmeans(rows: Tensor, clusters: int, *, seed: int, step: int, iterations: int
     """
     clusters = min(clusters, len(rows))
     start = rng.permutation(seed, rng.Stream.KMEANS, step, len(rows))[:clusters].copy()
-    centroids = rows[torch.from_numpy(start)]
+    centroids = rows[torch.from_numpy(start).to(rows.device)]
     for _ in range(iterations):
         centroids = means(rows, ops.bank_assign(rows, centroids), centroids)
     return ops.bank_assign(rows, centroids)
@@ -33,12 +33,13 @@ def kmeans(rows: Tensor, clusters: int, *, seed: int, step: int, iterations: int
 
 def means(rows: Tensor, labels: Tensor, previous: Tensor) -> Tensor:
     """`(K, D)` means of each cluster's rows, summed in row order in float64; empty ones keep the previous row."""
-    order = np.argsort(labels.numpy(), kind="stable")
-    present, first, counts = np.unique(labels.numpy()[order], return_index=True, return_counts=True)
-    sums = np.add.reduceat(rows.numpy()[order].astype(np.float64), first, axis=0)
-    centroids = previous.clone()
+    clusters, values = labels.cpu().numpy(), rows.cpu().numpy()
+    order = np.argsort(clusters, kind="stable")
+    present, first, counts = np.unique(clusters[order], return_index=True, return_counts=True)
+    sums = np.add.reduceat(values[order].astype(np.float64), first, axis=0)
+    centroids = previous.to("cpu", copy=True)
     centroids[torch.from_numpy(present)] = torch.from_numpy((sums / counts[:, None]).astype(np.float32))
-    return centroids
+    return centroids.to(rows.device)
 
 
 def clusterings(

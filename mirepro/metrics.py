@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SCHEMA = "mirepro.metrics/1"
+BY_FORM = "by form"  # unit of a certificate where none is needed: the estimate is a bound by its form
 
 
 def cell(value: float | None, unit: str, protocol: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Typed face of the compiled memory-bank operators (C++ and CUDA in `csrc`, float32).
+"""Typed face of the compiled operators: memory bank (C++ and CUDA in `csrc`, float32) and views (C++).
 
 A score is one sequential float32 fused-multiply-add chain over the dimension, so every result has the same bits for
 every thread count and instruction set (`MIREPRO_ISA=scalar|avx2|avx512` forces one) and on CUDA. Regions are ranks of
@@ -185,9 +185,7 @@ def region_logsumexp(
     Raises:
         ValueError: Shapes or ranks do not fit, tau <= 0, or a row holds NaN or inf.
     """
-    every, mates, *_ = _ops.region_logsumexp(
-        z, bank.detach(), lo_rank, hi_rank, tau, own, labels, _wants_gradient(z)
-    )
+    every, mates, *_ = _ops.region_logsumexp(z, bank.detach(), lo_rank, hi_rank, tau, own, labels, _wants_gradient(z))
     return every, mates
 
 
@@ -261,6 +259,29 @@ def bank_assign(bank: Tensor, centroids: Tensor) -> Tensor:
     return _ops.bank_assign(bank.detach(), centroids.detach())
 
 
+def augment(
+    images: Tensor, boxes: Tensor, gray: Tensor, order: Tensor, amount: Tensor, flip: Tensor, size: int
+) -> Tensor:
+    """Crop with antialiased bilinear resize (as PIL's of a cropped image), gray, colour jitter, flip; CPU only.
+
+    Args:
+        images: `(B, 3, S, S)` uint8.
+        boxes: `(B, 4)` int64: top, left, height, width.
+        gray: `(B,)` bool: give all channels the luma.
+        order: `(B, 4)` int64: the step of each place: 0 brightness, 1 contrast, 2 saturation, 3 hue, -1 none.
+        amount: `(B, 4)` float32 how much of each step: factors less 1, and turns of the hue in [-0.5, 0.5].
+        flip: `(B,)` bool: left to right.
+        size: Side of the views, 1 or more.
+
+    Returns:
+        `(B, 3, size, size)` float32 in [0, 1], up to rounding.
+
+    Raises:
+        ValueError: Shapes, dtypes, steps, amounts or size do not fit, or a box does not lie in its image.
+    """
+    return _ops.augment(images, boxes, gray.long(), order, amount, flip.long(), size)
+
+
 def _wants_gradient(z: Tensor) -> bool:
     return torch.is_grad_enabled() and z.requires_grad
 
@@ -332,5 +353,10 @@ def _register_gradients(namespace: str) -> None:
     torch.library.register_autograd(f"{namespace}::gather_dot", dot, setup_context=keep_dot)
 
 
+def _views(images: Tensor, *rest: Any) -> Tensor:
+    return images.new_empty((images.shape[0], 3, rest[-1], rest[-1]), dtype=torch.float32)
+
+
 _register_fakes("mirepro")
+torch.library.register_fake("mirepro::augment", _views)
 _register_gradients("mirepro")

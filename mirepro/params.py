@@ -55,9 +55,13 @@ class ViewParams:
 
 @dataclass(frozen=True)
 class PretrainParams:
-    """What all rows share: paired seeds mean equal views, order and initial weights for every objective."""
+    """What all rows share: paired seeds mean equal views, order and initial weights for every objective.
+
+    `device` is cpu, or cuda (tiers exact and fast), where a rank takes the device of its local number.
+    """
 
     data: str = "desk"
+    device: str = "cpu"
     epochs: int = 10
     batch: int = 128
     shards: int = 1
@@ -133,23 +137,25 @@ class HeadParams:
 class DetectParams:
     """Detection with small heads for small images (torchvision's sizes: fpn 256, box_pool 7, box_hidden 1024, ...).
 
-    The long schedule has `long` times as many epochs. `warmup` is the share of the steps with a rising learning rate,
-    `clip` the largest norm of a gradient. Anchors are shares of the image's side, one per level of the pyramid, each
-    also times `scales`; RoI pooling takes an object of `canonical` x side from the second level. `heatmap` enlarges the
-    keypoint head's maps after their deconvolution. `oks_sigma` holds for every keypoint (null: the data's own, as for
-    COCO); `sensitivity` are factors of it at which keypoint AP is stated too.
+    Masks train for `epochs`, keypoints, the harder task, for `keypoint_epochs`; the long schedule has `long` times as
+    many. `flip` is the share of mirrored training images (0 for scenes that never come mirrored). `warmup` is the share
+    of the steps with a rising learning rate, `clip` the largest norm of a gradient. Anchors are shares of the image's
+    side, one per level of the pyramid, each also times `scales`; RoI pooling takes an object of `canonical` x side from
+    the second level. `heatmap` enlarges the keypoint head's maps after their deconvolution. `oks_sigma` holds for every
+    keypoint (null: the data's own, as for COCO); `sensitivity` are factors of it at which keypoint AP is stated too.
     """
 
-    data: str = "scenes"
     size: int = 64
     batch: int = 8
-    epochs: int = 4
+    epochs: int = 3
+    keypoint_epochs: int = 4
     long: int = 2
     lrs: tuple[float, ...] = (0.002, 0.004, 0.008)
     fixed_lr: float = 0.004
     weight_decay: float = 1e-4
     clip: float = 5.0
     warmup: float = 0.1
+    flip: float = 0.5
     min_stride: int = 4
     anchors: tuple[float, ...] = (0.3, 0.42)
     scales: tuple[float, ...] = (1.0,)
@@ -158,13 +164,13 @@ class DetectParams:
     box_pool: int = 4
     box_hidden: int = 128
     mask: HeadParams = field(default_factory=lambda: HeadParams(7, 32, 1))
-    keypoint: HeadParams = field(default_factory=lambda: HeadParams(5, 64, 4))
+    keypoint: HeadParams = field(default_factory=lambda: HeadParams(5, 48, 3))
     heatmap: int = 2
     sampling: int = 1
-    proposals_before: int = 30
-    proposals: int = 20
+    proposals_before: int = 20
+    proposals: int = 12
     rpn_samples: int = 32
-    roi_samples: int = 16
+    roi_samples: int = 12
     roi_positive: float = 0.5
     score: float = 0.02
     detections: int = 15

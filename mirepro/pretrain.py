@@ -5,7 +5,6 @@ import math
 import operator
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,23 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from mirepro import checkpoint, determinism, diagnostics, encoders, files, metrics, objectives, ops, rng, views
+from mirepro import checkpoint, determinism, diagnostics, encoders, files, metrics, objectives, ops, ranks, rng, views
 from mirepro.bank import MemoryBank
 from mirepro.data import shards
+from mirepro.data.images import Images
 from mirepro.errors import UserError
+from mirepro.moments import Moments
 from mirepro.objectives.base import Objective, Output, Step
 from mirepro.params import OptimParams, PretrainParams, RunParams
 from mirepro.progress import Bar
 
 CHECKPOINT_SECONDS = 2.0
+_ALONE = ranks.World()
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pretrain(run: RunParams, data_folder: Path, work: Path, out: Path, fingerprint: str) -> dict[str, Any]:
-    """Trains one run, resuming from its own checkpoint.
+    """Trains one run, resuming from its own checkpoint; on several ranks the first one writes.
 
     Args:
         run: Row, seed, objective and everything else that decides the result.
@@ -36,29 +38,17 @@ def pretrain(run: RunParams, data_folder: Path, work: Path, out: Path, fingerpri
         fingerprint: Names the run; a checkpoint of another one is refused.
 
     Returns:
-        The run's metrics document.
+        The run's metrics document (the first rank's).
 
     Raises:
         UserError: Impossible parameters, damaged data, a foreign checkpoint.
     """
-    trainer = Trainer(run, shards.open(data_folder, "train"), shards.open(data_folder, "val"))
-    trainer.resume(checkpoint.load(work, fingerprint))
-    saved = time.monotonic()
-    total, batch = trainer.total_steps * trainer.params.batch, trainer.params.batch
-    with Bar(f"{run.row}-s{run.seed}", total, trainer.step * batch) as bar:
-        for epoch in range(trainer.epoch, trainer.params.epochs):
-            trainer.begin(epoch)
-            for index in trainer.batches(epoch):
-                output = trainer.train_step(index)
-                bar.advance(batch, loss=float(output.loss.detach()), estimate=output.estimate, **trainer.monitor)
-            trainer.finish(epoch)
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                checkpoint.save(work, fingerprint, trainer.tensors(), trainer.facts())
-                saved = time.monotonic()
-    if trainer.total_steps == 0:
-        trainer.calibrate()
-    trainer.write(out)
-    return trainer.metrics()
+    with ranks.join(run.pretrain.shards, fingerprint) as world:
+        trainer = Trainer(run, shards.open(data_folder, "train"), shards.open(data_folder, "val"), world)
+        trainer.resume(world.share(lambda: checkpoint.load(work, fingerprint)))
+        trainer.loop(work, fingerprint)
+        world.lead(trainer.write, out)
+        return world.lead(trainer.metrics) or {}
 
 
 def check(params: PretrainParams, size: int) -> None:
@@ -86,6 +76,20 @@ def check(params: PretrainParams, size: int) -> None:
     views.check(params.views)
 
 
+def device(run: RunParams) -> torch.device:
+    """Where a run computes.
+
+    Raises:
+        UserError: Unknown device, none here, or tier portable, which is the CPU's.
+    """
+    name, cuda = run.pretrain.device, run.pretrain.device == "cuda"
+    if name not in ("cpu", "cuda") or (cuda and run.tier == "portable"):
+        raise UserError(f"pretrain.device: {name!r} is impossible in tier {run.tier}; use cpu, or cuda in tier exact")
+    if cuda and not torch.cuda.is_available():
+        raise UserError("pretrain.device: torch finds no CUDA device here; use cpu, or another machine")
+    return torch.device(name)
+
+
 def learning_rate(optim: OptimParams, progress: float) -> float:
     """Learning rate at `progress` in [0, 1): linear warm-up, then constant, step (x.1 a milestone) or cosine."""
     if progress < optim.warmup:
@@ -97,44 +101,59 @@ def learning_rate(optim: OptimParams, progress: float) -> float:
     return optim.lr
 
 
-def tree_sum(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Sums the shards' gradients pairwise: (0+1)+(2+3)..., the same tree whichever rank computed them."""
-    rows = [list(part) for part in parts]
-    while len(rows) > 1:
-        pairs = [rows[i : i + 2] for i in range(0, len(rows), 2)]
-        rows = [[a + b for a, b in zip(*pair, strict=True)] if len(pair) == 2 else pair[0] for pair in pairs]
-    return rows[0]
-
-
 class Trainer:
     """The state of a run: model, objective, banks, optimiser, history, digest chain."""
 
-    def __init__(self, run: RunParams, train: shards.Split, val: shards.Split) -> None:
-        self.run, self.params = run, run.pretrain
+    def __init__(self, run: RunParams, train: shards.Split, val: shards.Split, world: ranks.World = _ALONE) -> None:
+        self.run, self.params, self.world = run, run.pretrain, world
         check(self.params, train.size)
+        self.device = device(run)
         self.objective: Objective = objectives.create(run.objective, run.options)
         self.warnings = self.objective.check(train.size, self.params.encoder.dim)
         if self.objective.uses_labels and getattr(self.objective, "classes", 0) != len(train.classes):
             raise UserError(f"objective {run.objective}.classes: use {len(train.classes)}, as the data have")
         for warning in self.warnings:
-            print(f"{run.row}-s{run.seed}: {warning}", file=sys.stderr)
-        self.images = torch.from_numpy(train.images(None))
-        self.classes, self.val = torch.from_numpy(train.labels), val
+            world.lead(lambda line: print(line, file=sys.stderr), f"{run.row}-s{run.seed}: {warning}")
+        self.images, self.val = Images(train, run.threads), Images(val, run.threads)
+        self.classes, self.val_classes = (torch.from_numpy(split.labels).to(self.device) for split in (train, val))
         self.model = encoders.Ensemble(self.params.encoder, self.objective.modalities)
         encoders.initialise(self.model, run.seed)
+        self.model.to(self.device)
+        self.moments = Moments(self.model)
+        self.objective.initialise(self.model, run.seed)
+        dim = self.params.encoder.dim
         self.banks = {
-            name: MemoryBank(train.size, self.params.encoder.dim, seed=run.seed, modality=number)
+            name: MemoryBank(train.size, dim, seed=run.seed, modality=number, device=self.device)
             for number, name in enumerate(self.objective.modalities)
         }
         self.weights = [*self.model.parameters(), *self.objective.parameters()]
         optim = self.params.optim
-        self.optimiser = torch.optim.SGD(self.weights, optim.lr, optim.momentum, weight_decay=optim.weight_decay)
+        self.optimiser = torch.optim.SGD(
+            self.weights, optim.lr, optim.momentum, weight_decay=optim.weight_decay, fused=True
+        )
         self.steps_per_epoch = train.size // self.params.batch
         self.total_steps = self.params.epochs * self.steps_per_epoch
         self.epoch, self.step = 0, 0
         self.history: list[dict[str, Any]] = []
         self.chain: list[dict[str, Any]] = []
         self.monitor: dict[str, float | None] = {}
+
+    def loop(self, work: Path, fingerprint: str) -> None:
+        """All epochs that are left; a checkpoint between two epochs now and then."""
+        saved, batch = time.monotonic(), self.params.batch
+        title, total = f"{self.run.row}-s{self.run.seed}", self.total_steps * batch
+        with Bar(title, total, self.step * batch, shown=self.world.leader) as bar:
+            for epoch in range(self.epoch, self.params.epochs):
+                self.begin(epoch)
+                for index in self.batches(epoch):
+                    output = self.train_step(index)
+                    bar.advance(batch, loss=float(output.loss.detach()), estimate=output.estimate, **self.monitor)
+                self.finish(epoch)
+                if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    self.world.lead(checkpoint.save, work, fingerprint, self.tensors(), self.facts())
+                    saved = time.monotonic()
+        if self.total_steps == 0:
+            self.calibrate()
 
     def batches(self, epoch: int) -> list[Tensor]:
         """`(B,)` int64 sample indices of each step; the incomplete last batch is left out."""
@@ -154,18 +173,18 @@ class Trainer:
     def train_step(self, index: Tensor) -> Output:
         """Views -> embeddings per shard -> the objective on the global batch -> backward per shard -> step -> bank.
 
+        Where there are other ranks, they embed their own shards meanwhile.
+
         Args:
-            index: `(B,)` sample indices.
+            index: `(B,)` sample indices, on the CPU.
         """
-        rgb = views.batch(self.images[index], self.params.views, seed=self.run.seed, epoch=self.epoch, index=index)
-        parts = [self.embed(piece) for piece in rgb.chunk(self.params.shards)]
-        z = {
-            name: torch.cat([part[name] for part in parts]).detach().requires_grad_() for name in self.model.modalities
-        }
+        parts = self.embed(self.world.part(index))
+        z = {name: self.world.gather(torch.cat([part[name].detach() for part in parts])) for name in parts[0]}
+        z = {name: value.requires_grad_() for name, value in z.items()}
         if not all(torch.isfinite(value).all() for value in z.values()):
             raise self._diverged("an embedding is not finite")
         self.optimiser.zero_grad()
-        position = self.position()
+        position, index = self.position(), index.to(self.device)
         output = self.objective(z, self.banks, index, position, self.classes[index])
         output.loss.backward()
         self._backward(parts, z)
@@ -177,24 +196,42 @@ class Trainer:
         self._count(output)
         return output
 
-    def embed(self, rgb: Tensor) -> dict[str, Tensor]:
-        """`(b, 3, S, S)` of one shard -> embeddings `(b, D)` float32 per modality; BatchNorm sees this shard alone."""
+    def embed(self, index: Tensor) -> list[dict[str, Tensor]]:
+        """Embeds views of the samples `(b,)` of this rank, shard by shard, and folds all shards' BatchNorm moments."""
+        running, parts, moments = self.moments.take(), [], []
+        for piece in index.chunk(self.params.shards // self.world.size):
+            count = 1 + len(self.objective.companions)
+            parts.append(self._embed([self._view(self.images, piece, self.epoch, view) for view in range(count)]))
+            moments.append(self.moments.take())
+        self.moments.fold(running, self.world.gather(torch.stack(moments)), len(parts))
+        return parts
+
+    def _view(self, images: Images, index: Tensor, epoch: int | None, view: int = 0) -> Tensor:
+        """`(b, 3, S, S)`: a view of samples `(b,)` in an epoch; without one the plain images."""
+        pixels, params = images[index].to(self.device), self.params.views
+        if epoch is None:
+            return views.plain(pixels, params.size)
+        return views.batch(pixels, params, seed=self.run.seed, epoch=epoch, index=index, view=view)
+
+    def _embed(self, rgb: list[Tensor]) -> dict[str, Tensor]:
+        """Views `(b, 3, S, S)` of one shard -> embeddings `(b, D)` float32; BatchNorm sees this shard alone."""
         kind = PRECISIONS[self.params.precision]
-        with torch.autocast(rgb.device.type, kind or torch.bfloat16, enabled=kind is not None):
-            z = self.model.embed(rgb)
+        with torch.autocast(rgb[0].device.type, kind or torch.bfloat16, enabled=kind is not None):
+            z = self.objective.embed(self.model, rgb)
         if kind is None:
             return z
         return {name: torch.nn.functional.normalize(value.float()) for name, value in z.items()}
 
     def _backward(self, parts: list[dict[str, Tensor]], z: dict[str, Tensor]) -> None:
-        """Gradients of the weights from dz, shard by shard, summed in a fixed tree."""
+        """Gradients of the weights from dz, shard by shard, summed over all ranks' shards in a fixed tree."""
         weights = list(self.model.parameters())
-        pieces = {name: value.grad.chunk(self.params.shards) for name, value in z.items() if value.grad is not None}
+        mine = {name: self.world.part(value.grad) for name, value in z.items() if value.grad is not None}
+        pieces = {name: value.chunk(len(parts)) for name, value in mine.items()}
         gradients = []
         for number, part in enumerate(parts):
             outputs = [part[name] for name in pieces]
             gradients.append(torch.autograd.grad(outputs, weights, [pieces[name][number] for name in pieces]))
-        for weight, gradient in zip(weights, tree_sum(gradients), strict=True):
+        for weight, gradient in zip(weights, self.world.total(gradients), strict=True):
             weight.grad = gradient
 
     def _schedule(self) -> None:
@@ -237,25 +274,20 @@ class Trainer:
         self.epoch = epoch + 1
 
     @torch.no_grad()
-    def embeddings(self, images: Tensor, *, epoch: int | None = None, view: int = 0) -> dict[str, Tensor]:
+    def embeddings(self, images: Images, *, epoch: int | None = None, view: int = 0) -> dict[str, Tensor]:
         """Embeddings `(N, D)` per modality in evaluation mode: of a fresh view where `epoch` is given, else plain."""
         self.model.eval()
         parts = []
         for index in torch.arange(len(images)).split(256):
-            if epoch is None:
-                rgb = views.plain(images[index], self.params.views.size)
-            else:
-                drawn = {"seed": self.run.seed, "epoch": epoch, "view": view}
-                rgb = views.batch(images[index], self.params.views, index=index, **drawn)  # type: ignore[arg-type]
-            parts.append(self.model.embed(rgb))
+            parts.append(self.model.embed(self._view(images, index, epoch, view)))
         return {name: torch.cat([part[name] for part in parts]) for name in self.model.modalities}
 
     def nearest_neighbour(self) -> float:
         """1-NN top-1 on val against the bank's rows, percent."""
-        z = torch.cat(list(self.embeddings(torch.from_numpy(self.val.images(None))).values()), 1)
+        z = torch.cat(list(self.embeddings(self.val).values()), 1)
         rows = torch.cat([bank.rows for bank in self.banks.values()], 1)
         _, nearest = ops.neighbors(z, rows, 1)
-        hits = self.classes[nearest[:, 0]] == torch.from_numpy(self.val.labels)
+        hits = self.classes[nearest[:, 0]] == self.val_classes
         return 100 * float(hits.double().mean())
 
     @torch.no_grad()
@@ -266,8 +298,8 @@ class Trainer:
             norm.reset_running_stats()
             norm.momentum = None
         self.model.train()
-        for images in self.images.split(self.params.batch):
-            self.model.embed(views.plain(images, self.params.views.size))
+        for index in torch.arange(len(self.images)).split(self.params.batch):
+            self.model.embed(self._view(self.images, index, None))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint holds as tensors."""
@@ -301,7 +333,7 @@ class Trainer:
         groups: dict[str, dict[str, Tensor]] = {}
         for name, value in saved.tensors.items():
             group, _, rest = name.partition(".")
-            groups.setdefault(group, {})[rest] = value
+            groups.setdefault(group, {})[rest] = value.to(self.device)
         self.model.load_state_dict(groups["model"])
         for name, rows in groups["bank"].items():
             self.banks[name].rows = rows
@@ -317,7 +349,7 @@ class Trainer:
     def write(self, out: Path) -> None:
         """Writes the run's artefacts."""
         encoders.save(out / "encoder.safetensors", self.model)
-        rows = {name: bank.rows.contiguous() for name, bank in self.banks.items()}
+        rows = {name: bank.rows.cpu().contiguous() for name, bank in self.banks.items()}
         files.write_bytes(out / "bank.safetensors", to_safetensors(rows))
         for name, lines in (("history.jsonl", self.history), ("chain.txt", self.chain)):
             files.write_text(out / name, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
@@ -325,9 +357,9 @@ class Trainer:
     def metrics(self) -> dict[str, Any]:
         """The run's metrics document; reads train and val only."""
         last = self.history[-1] if self.history else {}
-        images, fresh = torch.from_numpy(self.val.images(None)), self.params.epochs
+        fresh = self.params.epochs
         mi = diagnostics.held_out(
-            self.objective, self.embeddings(images, epoch=fresh), self.embeddings(images, epoch=fresh, view=1)
+            self.objective, self.embeddings(self.val, epoch=fresh), self.embeddings(self.val, epoch=fresh, view=1)
         )
         shares = [line["certified_share"] for line in self.history if "certified_share" in line]
         k, tau = self.objective.k, self.objective.tau
@@ -340,11 +372,11 @@ class Trainer:
             ),
             "cap": (last.get("cap"), "nats", "min(log k, log N)"),
             "nce_at_equal_f": (self._nce(), "nats", f"unrestricted ir estimate of the final f, fresh views, k {k}"),
-            "mi_views": (mi, "nats", f"held out: two fresh views of {len(images)} val images, tau {tau}"),
+            "mi_views": (mi, "nats", f"held out: two fresh views of {len(self.val)} val images, tau {tau}"),
             "certified_share": (
-                sum(shares) / len(shares) if shares else None,
-                "",
-                "share of epochs with a certificate",
+                (None, metrics.BY_FORM, "a bound by its form needs no certificate")
+                if self._claim() == "yes"
+                else (sum(shares) / len(shares) if shares else None, "", "share of epochs with a certificate")
             ),
             "images_seen": (self.step * self.params.batch, "", "training images drawn"),
             "parameters": (encoders.count(self.model), "", "trainable parameters of the encoders"),

@@ -1,5 +1,6 @@
 """A profile: its params.yaml, checked as a whole, and the runs it resolves to."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +9,7 @@ from typing import Any, TypeVar
 
 from mirepro import params
 from mirepro.errors import UserError
-from mirepro.params import PretrainParams, RunParams
+from mirepro.params import DetectParams, PretrainParams, RunParams
 
 T = TypeVar("T")
 
@@ -38,12 +39,13 @@ class RunEntry:
 
 @dataclass(frozen=True)
 class DetectEntry:
-    """A detection run on a pretrained run; `model` is mask or keypoint."""
+    """A detection run on a pretrained run and a data set; `model` is box, mask or keypoint."""
 
     run: str
     row: str
     seed: int
     model: str
+    data: str
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,19 @@ class Profile:
             entry.row, entry.seed, entry.objective, dict(row.options or {}), merged, self.tier, self.threads
         )
 
+    def recipe(self, data: str) -> DetectParams:
+        """`detect` with what `detect.sets` says otherwise for a data set.
+
+        Raises:
+            UserError: Unknown key or wrong type.
+        """
+        values = dict(self.values["detect"] or {})
+        sets = params.convert(dict[str, dict[str, Any]], values.pop("sets", None) or {}, "detect.sets")
+        params.build(DetectParams, values, "detect")
+        for name in sorted(sets.keys() - set(self.values["datasets"])):
+            raise UserError(f"detect.sets.{name}: not in datasets; known: {', '.join(self.values['datasets'])}")
+        return params.build(DetectParams, merge(values, sets.get(data, {})), f"detect.sets.{data}")
+
     def check(self) -> None:
         """Resolves everything, so that a typo anywhere is said before any stage runs.
 
@@ -146,16 +161,33 @@ class Profile:
         for name in self.runs:
             self.run(name)
         for name, entry in self.detect_runs.items():
-            if self.entry("runs", entry.run).row != entry.row or entry.model not in ("mask", "keypoint"):
-                raise UserError(f"detect_runs.{name}: row or model is wrong; model is mask or keypoint")
+            if self.entry("runs", entry.run).row != entry.row or entry.model not in ("box", "mask", "keypoint"):
+                raise UserError(f"detect_runs.{name}: row or model is wrong; model is box, mask or keypoint")
         self.build(params.EvaluateParams, "evaluate")
-        self.build(params.DetectParams, "detect")
         self.build(params.ToyParams, "toy")
-        used = {"pretrain": True, "evaluate": True, "detect": bool(self.detect_runs)}
-        for key in (key for key, needed in used.items() if needed):
-            data = (self.values[key] or {}).get("data")
+        used = {key: (self.values[key] or {}).get("data") for key in ("pretrain", "evaluate")}
+        used |= {f"detect_runs.{name}": entry.data for name, entry in self.detect_runs.items()}
+        for key, data in used.items():
             if data not in self.values["datasets"]:
                 raise UserError(f"{key}.data: {data!r} is not in datasets; known: {', '.join(self.values['datasets'])}")
+        for data in self.values["datasets"]:
+            self.recipe(data)
+
+
+def find_root() -> Path:
+    """The repository that holds the working directory; it has to be the one this command was installed from.
+
+    Raises:
+        UserError: No repository here, or another one's command.
+    """
+    here = Path.cwd()
+    root = next((folder for folder in (here, *here.parents) if (folder / "mirepro" / "cli.py").is_file()), None)
+    own = Path(__file__).resolve().parent.parent
+    if root is None:
+        raise UserError(f"{here}: not inside the repository; change to its folder, for example {own}")
+    if own != root.resolve():
+        raise UserError(f"{sys.argv[0]} belongs to {own}, not to {root}; run `. .venv/bin/activate` in {root}")
+    return root
 
 
 def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

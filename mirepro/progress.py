@@ -20,12 +20,13 @@ class Bar:
         total: Number of units.
         done: Units finished before (a resumed run).
         unit: Name of a unit.
+        shown: False keeps it silent everywhere.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0, unit: str = "images") -> None:
+    def __init__(self, title: str, total: int, done: int = 0, unit: str = "images", *, shown: bool = True) -> None:
         console = Console(stderr=True)
         self._unit, self._done, self._total = unit, done, total
-        self._report, self._reported = os.environ.get(REPORT), 0.0
+        self._report, self._reported = os.environ.get(REPORT) if shown else None, 0.0
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -34,7 +35,7 @@ class Bar:
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=console,
-            disable=not console.is_terminal,
+            disable=not (shown and console.is_terminal),
         )
         self._task = self._progress.add_task(title, total=total, completed=done, rate="", figures="")
 

@@ -1,46 +1,24 @@
-"""A stage: parameters -> fingerprint -> resumable work folder -> run -> outputs placed -> provenance."""
+"""The stages: what each one needs and computes, how one is run, and the provenance it leaves."""
 
-import hashlib
-import json
-import os
 import platform
-import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from mirepro import codelocks, determinism, files, params, profiles
+from mirepro import codelocks, determinism, files, params, preflight, profiles, ranks, site
 from mirepro.errors import UserError
+from mirepro.execution import Done, Job, execute, fingerprint, release
 from mirepro.profiles import Profile
-
-
-@dataclass(frozen=True)
-class Job:
-    """A computation whose outputs are placed as a whole.
-
-    Attributes:
-        params: Plain values that decide the result.
-        needs: Files and folders, relative to the root, that decide the result.
-        compute: `(work, out, fingerprint) -> metrics`; `work` survives a kill, `out` is an empty folder to fill.
-        metrics: Where the metrics go, relative to the root.
-        outputs: Where `out` goes, relative to the root; None if the stage has metrics only.
-    """
-
-    params: Mapping[str, Any]
-    needs: tuple[str, ...]
-    compute: Callable[[Path, Path, str], dict[str, Any]]
-    metrics: str
-    outputs: str | None = None
 
 
 def code(profile: Profile) -> None:
     """Checks all parameters and regenerates the code locks; the only stage that runs every time."""
     profile.check()
     relock(profile)
+    preflight.check(profile)
 
 
 def relock(profile: Profile) -> None:
@@ -100,7 +78,7 @@ def pretrain(profile: Profile, name: str) -> Job:
     locks = f"locks/{profile.name}"
     needs = (f"{folder}/manifest.json", f"{locks}/pretrain.json", f"{locks}/objectives/{run.objective}.json")
     outputs = f"{profile.name}/pretrain/{name}"
-    return Job(params.plain(run), needs, compute, f"metrics/{outputs}.json", f"runs/{outputs}")
+    return Job(params.plain(run), needs, compute, f"metrics/{outputs}.json", f"runs/{outputs}", shared=True)
 
 
 def evaluate(profile: Profile, name: str) -> Job:
@@ -122,19 +100,17 @@ def evaluate(profile: Profile, name: str) -> Job:
 
 
 def detect(profile: Profile, name: str) -> Job:
-    """Detection with one model (boxes and masks, or boxes and keypoints) on one run."""
+    """Detection with one model (boxes, boxes and masks, or boxes and keypoints) on one run and one data set."""
     entry = profile.entry("detect_runs", name)
-    values = profile.build(params.DetectParams, "detect")
+    values = profile.recipe(entry.data)
     pretrained = f"runs/{profile.name}/pretrain/{entry.run}"
-    folder = f"data/{values.data}"
+    folder = f"data/{entry.data}"
 
     def compute(work: Path, out: Path, fingerprint: str) -> dict[str, Any]:
         from mirepro.transfer.detection import detect
 
-        root = profile.root
-        return detect(
-            entry.run, entry.row, entry.seed, entry.model, values, root / pretrained, root / folder, work, out
-        )
+        names, root = (entry.run, entry.row, entry.seed, entry.model), profile.root
+        return detect(*names, values, root / pretrained, root / folder, work, out, fingerprint)
 
     lock = f"locks/{profile.name}/detect.json"
     needs = (f"{folder}/manifest.json", lock, f"{pretrained}/encoder.safetensors")
@@ -201,8 +177,19 @@ JOBS: dict[str, Callable[..., Job]] = {
 KEYED = ("data", "pretrain", "evaluate", "detect")
 
 
-def run(root: Path, profile_name: str, kind: str, key: str | None = None) -> None:
+Launch = Callable[[Profile, str, str | None, str], None]
+"""Computes the stage (profile, kind, key) with this fingerprint in another process, and waits for it."""
+
+
+def run(root: Path, profile_name: str, kind: str, key: str | None = None, launch: Launch | None = None) -> None:
     """Runs one stage.
+
+    Args:
+        root: The repository's root.
+        profile_name: The profile's name.
+        kind: The class of stages.
+        key: The one of that class.
+        launch: Computes a stage of `JOBS` elsewhere; by default it is computed here.
 
     Raises:
         UserError: Unknown stage, missing or superfluous key, and whatever the stage refuses.
@@ -216,11 +203,15 @@ def run(root: Path, profile_name: str, kind: str, key: str | None = None) -> Non
     if kind != "code":
         determinism.reexec_if_needed(profile.tier, profile.threads)
     started = time.time()
-    if kind in DIRECT:
+    done: Done | None = None
+    if kind in JOBS:
+        elsewhere = None if launch is None else partial(launch, profile, kind, key)
+        done = execute(root, *described(profile, kind, key), launch=elsewhere)
+    elif ranks.leads():
         DIRECT[kind](profile, *keys)
-        _record(profile, kind, keys, Done(time.time() - started))
-    else:
-        _record(profile, kind, keys, execute(root, *_job(profile, kind, key)))
+        done = Done(time.time() - started)
+    if done is not None:
+        _record(profile, kind, keys, done)
 
 
 def prepare(root: Path, profile_name: str, kind: str, key: str | None) -> None:
@@ -233,14 +224,19 @@ def prepare(root: Path, profile_name: str, kind: str, key: str | None) -> None:
     """
     profile = profiles.load(root, profile_name)
     determinism.reexec_if_needed(profile.tier, profile.threads)
-    name, job = _job(profile, kind, key)
-    record = provenance(profile) / f"{name}.json"
-    before = files.read_json(record)["fingerprint"] if record.is_file() else None
-    if before != fingerprint(root, name, job) or not (root / job.metrics).is_file():
+    name, job = described(profile, kind, key)
+    if not current(profile, name, job):
         execute(root, name, job, collect=False)
 
 
-def _job(profile: Profile, kind: str, key: str | None) -> tuple[str, Job]:
+def current(profile: Profile, name: str, job: Job) -> bool:
+    """Whether the stage's last run had the same fingerprint."""
+    record = provenance(profile) / f"{name}.json"
+    before = files.read_json(record)["fingerprint"] if record.is_file() else None
+    return before == fingerprint(profile.root, name, job) and (profile.root / job.metrics).is_file()
+
+
+def described(profile: Profile, kind: str, key: str | None) -> tuple[str, Job]:
     """A stage's name and its job, which sets torch up before it computes (collecting needs no torch)."""
     job = JOBS[kind](profile, *(() if key is None else (key,)))
 
@@ -248,102 +244,15 @@ def _job(profile: Profile, kind: str, key: str | None) -> tuple[str, Job]:
         determinism.configure_torch(profile.tier, profile.threads)
         return job.compute(work, out, fingerprint)
 
-    return f"{kind}@{key}" if key else kind, replace(job, compute=compute)
+    where = site.chosen(profile.root, JOBS)
+    image = None if where is None else where.section(kind).image
+    return f"{kind}@{key}" if key else kind, replace(job, compute=compute, image=image)
 
 
-@dataclass(frozen=True)
-class Done:
-    """What the provenance says about a finished stage."""
-
-    seconds: float
-    fingerprint: str | None = None
-    collected: bool = field(default=False)
-
-
-def fingerprint(root: Path, stage: str, job: Job) -> str:
-    """sha256 of everything a job's result depends on: stage, resolved parameters, data, code locks.
-
-    Raises:
-        UserError: An input is missing.
-    """
-    needs = {name: content_digest(root / name) for name in job.needs}
-    text = json.dumps({"stage": stage, "params": job.params, "needs": needs}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def content_digest(path: Path) -> str:
-    """sha256 of a file, or of a folder's file names and contents.
-
-    Raises:
-        UserError: No such path.
-    """
-    if path.is_file():
-        return files.sha256(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file; run the stage that makes it (`mirepro repro`)")
-    inner = sorted(item for item in path.rglob("*") if item.is_file())
-    return hashlib.sha256("\n".join(f"{p.relative_to(path)} {files.sha256(p)}" for p in inner).encode()).hexdigest()
-
-
-def execute(root: Path, stage: str, job: Job, collect: bool = True) -> Done:
-    """Computes a job, or resumes it, or only collects what an earlier process had finished.
-
-    Raises:
-        UserError: The disk is full or read-only, and whatever the computation refuses.
-    """
-    mark = fingerprint(root, stage, job)
-    work = root / ".mirepro" / "work" / mark
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        with FileLock(work.with_suffix(".lock")):
-            work.mkdir(exist_ok=True)
-            finished = work / "finished"
-            collected = finished.is_dir()
-            if not collected:
-                _compute(work, finished, job, mark)
-            seconds = files.read_json(finished / "seconds.json")
-            if collect:
-                _collect(root, finished, job)
-                shutil.rmtree(work)
-    except OSError as error:
-        raise files.refusal(Path(error.filename or work), error) from error
-    if collect:
-        work.with_suffix(".lock").unlink(missing_ok=True)
-    return Done(seconds, mark, collected)
-
-
-def _compute(work: Path, finished: Path, job: Job, mark: str) -> None:
-    """Fills `finished`; its existence says that the computation is complete."""
-    started = time.time()
-    partial = work / "partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    for folder in (work / "state", partial / "out"):
-        folder.mkdir(parents=True, exist_ok=True)
-    metrics = job.compute(work / "state", partial / "out", mark)
-    files.write_json(partial / "metrics.json", metrics)
-    files.write_json(partial / "seconds.json", round(time.time() - started, 3))
-    os.replace(partial, finished)
-    files.sync_folder(work)
-
-
-def _collect(root: Path, finished: Path, job: Job) -> None:
-    place(finished / "metrics.json", root / job.metrics)
-    if job.outputs is not None:
-        place(finished / "out", root / job.outputs)
-
-
-def place(source: Path, target: Path) -> None:
-    """Copies a file or folder beside its target and renames it there; the source stays for a repetition."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.new")
-    for stale in (fresh, target) if source.is_dir() else ():
-        shutil.rmtree(stale, ignore_errors=True)
-    if source.is_dir():
-        shutil.copytree(source, fresh)
-    else:
-        shutil.copyfile(source, fresh)
-    os.replace(fresh, target)
-    files.sync_folder(target.parent)
+def recorded(profile: Profile, addresses: Iterable[str]) -> None:
+    """Removes the work that was kept until DVC's record of these stages."""
+    records = [provenance(profile) / f"{address.rpartition(':')[2]}.json" for address in addresses]
+    release(profile.root, {files.read_json(path)["fingerprint"] for path in records if path.is_file()})
 
 
 def provenance(profile: Profile) -> Path:
@@ -355,5 +264,6 @@ def _record(profile: Profile, kind: str, keys: tuple[str, ...], done: Done) -> N
     stage = "@".join((kind, *keys))
     facts: dict[str, Any] = {"stage": stage, "host": platform.node(), "python": platform.python_version()}
     facts |= {"seconds": round(done.seconds, 3), "fingerprint": done.fingerprint, "collected": done.collected}
+    facts |= {"key": determinism.key(profile.tier, profile.threads)}
     facts |= {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     files.write_json(provenance(profile) / f"{stage}.json", facts)

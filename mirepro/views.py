@@ -2,16 +2,18 @@
 
 Every image gets the draws of torchvision's RandomResizedCrop, RandomGrayscale, ColorJitter and RandomHorizontalFlip
 from the counter RNG. The difference to the PIL pipeline: values stay float between the steps, never rounded to bytes.
+On the CPU a compiled operator takes all steps of an image at once; elsewhere torch takes them one by one.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mirepro import rng
+from mirepro import ops, rng
 from mirepro.errors import UserError
 from mirepro.params import ViewParams
 
@@ -39,11 +41,11 @@ def batch(images: Tensor, params: ViewParams, *, seed: int, epoch: int, index: T
     """One view of each image.
 
     Args:
-        images: `(B, 3, S, S)` uint8.
+        images: `(B, 3, S, S)` uint8, on the device that computes.
         params: What to draw; a zero switches a step off.
         seed: Seed of the run.
         epoch: Epoch (the step of the counter RNG).
-        index: `(B,)` sample indices in their data set.
+        index: `(B,)` sample indices in their data set, on the CPU.
         view: Number of the view within the epoch, for protocols that need several.
 
     Returns:
@@ -51,18 +53,30 @@ def batch(images: Tensor, params: ViewParams, *, seed: int, epoch: int, index: T
     """
     draws = rng.uniform(seed, rng.Stream.VIEW, epoch, index.numpy() + (view << 40), 4 * _ATTEMPTS + 12)
     boxes = crop_boxes(draws[:, : 4 * _ATTEMPTS].reshape(len(draws), _ATTEMPTS, 4), params, images.shape[-1])
-    rest = torch.from_numpy(draws[:, 4 * _ATTEMPTS :])
-    x = resize(images.float() / 255, torch.from_numpy(boxes), params.size)
-    x = torch.where((rest[:, 0] < params.gray)[:, None, None, None], luma(x).expand_as(x), x)
-    x = jitter(x, params.jitter, rest[:, 1:5], rest[:, 5:9])
-    return torch.where((rest[:, 9] < params.flip)[:, None, None, None], x.flip(-1), x)
+    rest, strength = torch.from_numpy(draws[:, 4 * _ATTEMPTS :]), torch.tensor(params.jitter)
+    order = rest[:, 5:9].argsort(dim=1, stable=True)
+    return _augment(
+        images,
+        torch.from_numpy(boxes),
+        rest[:, 0] < params.gray,
+        torch.where(strength[order] == 0, -1, order),
+        (2 * rest[:, 1:5] - 1) * strength,
+        rest[:, 9] < params.flip,
+        params.size,
+    )
+
+
+def _augment(images: Tensor, *plan: Any) -> Tensor:
+    return ops.augment(images, *plan) if images.device.type == "cpu" else composed(images, *plan)
 
 
 def plain(images: Tensor, size: int) -> Tensor:
     """The image itself: `(B, 3, S, S)` uint8 -> `(B, 3, size, size)` float32 in [0, 1], antialiased."""
-    x = images.float() / 255
-    side = x.shape[-1]
-    return x if side == size else resize(x, torch.tensor([[0, 0, side, side]]).repeat(len(x), 1), size)
+    n, side = len(images), images.shape[-1]
+    if side == size:
+        return images.float() / 255
+    whole, none = torch.tensor([[0, 0, side, side]]).repeat(n, 1), torch.zeros(n, dtype=torch.bool)
+    return _augment(images, whole, none, torch.full((n, 4), -1), torch.zeros(n, 4), none, size)
 
 
 def crop_boxes(draws: NDArray[np.float32], params: ViewParams, side: int) -> NDArray[np.int64]:
@@ -99,6 +113,17 @@ def _exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return total
 
 
+def composed(
+    images: Tensor, boxes: Tensor, gray: Tensor, order: Tensor, amount: Tensor, flip: Tensor, size: int
+) -> Tensor:
+    """`ops.augment` step by step in torch, for other devices than the CPU; equal up to rounding."""
+    gray, order, amount, flip = (values.to(images.device) for values in (gray, order, amount, flip))
+    x = resize(images.float() / 255, boxes, size)
+    x = torch.where(gray[:, None, None, None], luma(x).expand_as(x), x)
+    x = jitter(x, order, amount)
+    return torch.where(flip[:, None, None, None], x.flip(-1), x)
+
+
 def resize(x: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Antialiased bilinear resize of a box of each image, as PIL does on a cropped image.
 
@@ -110,6 +135,7 @@ def resize(x: Tensor, boxes: Tensor, size: int) -> Tensor:
     Returns:
         `(B, 3, size, size)`.
     """
+    boxes = boxes.to(x.device)
     rows = _weights(boxes[:, 0], boxes[:, 2], x.shape[-1], size)
     columns = _weights(boxes[:, 1], boxes[:, 3], x.shape[-1], size)
     n, c, side, _ = x.shape
@@ -122,8 +148,8 @@ def _weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
     """`(B, size, S)` triangle filters of the crop [start, start + length)."""
     scale = length.float()[:, None, None] / size
     support = scale.clamp(min=1)
-    pixel = torch.arange(side)[None, None, :]
-    centre = start[:, None, None] + (torch.arange(size)[None, :, None] + 0.5) * scale
+    pixel = torch.arange(side, device=start.device)[None, None, :]
+    centre = start[:, None, None] + (torch.arange(size, device=start.device)[None, :, None] + 0.5) * scale
     weight = (1 - ((pixel + 0.5 - centre) / support).abs()).clamp(min=0)
     inside = (pixel >= start[:, None, None]) & (pixel < (start + length)[:, None, None])
     weight = weight * inside
@@ -131,28 +157,23 @@ def _weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
 
 
 def luma(x: Tensor) -> Tensor:
-    """`(B, 3, S, S)` -> `(B, 1, S, S)`, ITU-R 601 weights as in PIL and torchvision."""
+    """`(B, 3, S, S)` -> `(B, 1, S, S)`, ITU-R 601 weights as torchvision rounds them."""
     return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 
-def jitter(x: Tensor, strength: Sequence[float], amount: Tensor, order: Tensor) -> Tensor:
-    """ColorJitter: brightness, contrast, saturation and hue, in an order drawn per image.
+def jitter(x: Tensor, order: Tensor, amount: Tensor) -> Tensor:
+    """ColorJitter: brightness, contrast, saturation and hue, in each image's own order.
 
     Args:
         x: `(B, 3, S, S)` in [0, 1].
-        strength: Ranges of the four steps; 0 switches one off.
-        amount: `(B, 4)` uniform draws: how much.
-        order: `(B, 4)` uniform draws whose ranks are the order.
+        order: `(B, 4)` int64: the step of each place, -1 for none.
+        amount: `(B, 4)` how much of each step: factors less 1, and turns of the hue.
     """
-    steps = (_brightness, _contrast, _saturation, _hue)
-    slots = order.argsort(dim=1, stable=True)
-    for slot in range(4):
-        for number, step in enumerate(steps):
-            chosen = (slots[:, slot] == number).nonzero()[:, 0]
-            if strength[number] == 0 or len(chosen) == 0:
-                continue
-            draw = amount[chosen, number, None, None, None] * 2 - 1
-            x = x.index_copy(0, chosen, step(x[chosen], draw * strength[number]))
+    for place in range(4):
+        for number, step in enumerate((_brightness, _contrast, _saturation, _hue)):
+            chosen = (order[:, place] == number).nonzero()[:, 0]
+            if len(chosen) > 0:
+                x = x.index_copy(0, chosen, step(x[chosen], amount[chosen, number, None, None, None]))
     return x
 
 

@@ -4,9 +4,9 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from mirepro import ops
 from mirepro.bank import MemoryBank
 from mirepro.errors import UserError
 from mirepro.rng import Stream
+
+if TYPE_CHECKING:
+    from mirepro.encoders import Ensemble
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Query:
         index: `(B,)` int64 own rows.
         modality: Whose bank it is.
         step: Where the run stands.
+        key: `(B, D)` positives, where they are no rows of the bank.
     """
 
     z: Tensor
@@ -45,6 +49,7 @@ class Query:
     index: Tensor
     modality: str
     step: Step
+    key: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -79,6 +84,7 @@ class Objective:
     modalities: ClassVar[tuple[str, ...]] = ("rgb",)
     claim: ClassVar[str] = "no"  # "yes": a bound by its form; "certified": only where the certificate holds; "no"
     uses_labels: ClassVar[bool] = False
+    companions: ClassVar[tuple[str, ...]] = ()  # further embeddings that `embed` returns, of one more view each
 
     k: int = 256
     tau: float = 0.07
@@ -110,6 +116,21 @@ class Objective:
     def pairs(self) -> list[tuple[str, str]]:
         """(anchor's modality, bank's modality) of each direction."""
         return [("rgb", "rgb")] if len(self.modalities) == 1 else [("L", "ab"), ("ab", "L")]
+
+    def initialise(self, model: "Ensemble", seed: int) -> None:
+        """Makes the objective's own parameters and state beside the initial encoder from the run's seed."""
+
+    def embed(self, model: "Ensemble", views: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Embeds the samples of one shard for training.
+
+        Args:
+            model: The encoder.
+            views: RGB in [0, 1] `(b, 3, S, S)`: the view that every objective sees, then one per companion.
+
+        Returns:
+            Embeddings `(b, D)` per modality, and the companions.
+        """
+        return model.embed(views[0])
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters of the objective itself, trained with the encoder."""

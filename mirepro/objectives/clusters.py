@@ -27,7 +27,7 @@ class Clustered(Region):
     def refresh(self, banks: Mapping[str, MemoryBank], epoch: int, seed: int) -> None:
         """Clusters the banks anew; before the first epoch they hold noise, and every row stays its own cluster."""
         if epoch == 0:
-            self.labels = {name: torch.arange(bank.size)[None] for name, bank in banks.items()}
+            self.labels = {name: torch.arange(bank.size, device=bank.rows.device)[None] for name, bank in banks.items()}
             return
         self.labels = kmeans.clusterings(
             banks,

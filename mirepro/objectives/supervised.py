@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from mirepro import rng
 from mirepro.bank import MemoryBank
 from mirepro.objectives.base import Objective, Output, Step
+
+if TYPE_CHECKING:
+    from mirepro.encoders import Ensemble
 
 
 @dataclass
@@ -26,11 +29,11 @@ class Supervised(Objective):
         super().validate()
         self._require(self.classes >= 2, "classes", "the number of classes of the data set")
 
-    def check(self, size: int, dim: int) -> list[str]:
-        """Makes the classes' rows, whose length depends on the encoder."""
-        draws = rng.normal(0, rng.Stream.WEIGHT, 1, np.arange(self.classes), dim) / dim**0.5
-        self.weight = nn.Parameter(torch.from_numpy(draws.astype(np.float32)))
-        return super().check(size, dim)
+    def initialise(self, model: "Ensemble", seed: int) -> None:
+        """Makes the classes' rows."""
+        dim = model.params.dim
+        draws = rng.normal(seed, rng.Stream.WEIGHT, 1, np.arange(self.classes), dim) / dim**0.5
+        self.weight = nn.Parameter(torch.from_numpy(draws.astype(np.float32)).to(model.device))
 
     def parameters(self) -> list[nn.Parameter]:
         """The classes' rows."""

@@ -1,0 +1,72 @@
+"""What the stages would refuse, said before the first one runs."""
+
+import hashlib
+
+from mirepro import files, params
+from mirepro.errors import UserError
+from mirepro.profiles import Profile
+
+
+def check(profile: Profile) -> None:
+    """Has every run's settings and objective, and every other stage's settings, checked by the code that reads them.
+
+    That code needs torch, seconds to load; what it has accepted is remembered until parameters, data or code change.
+
+    Raises:
+        UserError: An unknown option, or a value that is impossible by itself or for this number of images.
+    """
+    accepted = profile.root / ".mirepro" / "accepted" / profile.name
+    mark = _mark(profile)
+    if accepted.is_file() and accepted.read_text(encoding="utf-8") == mark:
+        return
+    _pretraining(profile)
+    _transfer(profile)
+    files.write_text(accepted, mark)
+
+
+def _mark(profile: Profile) -> str:
+    """sha256 of everything that decides what is accepted."""
+    root = profile.root
+    manifests = [root / "data" / name / "manifest.json" for name in profile.values["datasets"]]
+    locks = sorted((root / "locks" / profile.name).rglob("*.json"))
+    paths = [profile.path, *manifests, *locks, root / "mirepro" / "preflight.py"]
+    text = "\n".join(f"{path.relative_to(root)} {files.sha256(path)}" for path in paths)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _pretraining(profile: Profile) -> None:
+    from mirepro import encoders, objectives, pretrain
+    from mirepro.data import shards
+
+    data = profile.values["pretrain"]["data"]
+    manifest = shards.read_manifest(profile.root / "data" / data)
+    if "train" not in manifest["splits"]:
+        raise UserError(f"pretrain.data: {data} has no split train; known: {', '.join(manifest['splits'])}")
+    size, classes = manifest["splits"]["train"]["samples"], len(manifest["meta"]["classes"])
+    seen: set[str] = set()
+    for name, entry in profile.runs.items():
+        if entry.row in seen:
+            continue  # the seed decides nothing here
+        seen.add(entry.row)
+        run = profile.run(name)
+        try:
+            pretrain.check(run.pretrain, size)
+            encoders.check(run.pretrain.encoder)
+            if run.pretrain.device != "cuda" or run.tier == "portable":  # where the job runs there may be a GPU
+                pretrain.device(run)
+            objective = objectives.create(run.objective, run.options)
+            objective.check(size, run.pretrain.encoder.dim)
+            if objective.uses_labels and getattr(objective, "classes", classes) != classes:
+                raise UserError(f"objective {run.objective}.classes: use {classes}, as the data have")
+        except UserError as error:
+            raise UserError(f"rows.{entry.row}: {error}") from error
+
+
+def _transfer(profile: Profile) -> None:
+    from mirepro import toy
+    from mirepro.transfer import detection, evaluate
+
+    evaluate.check(profile.build(params.EvaluateParams, "evaluate"))
+    for model, data in sorted({(entry.model, entry.data) for entry in profile.detect_runs.values()}):
+        detection.check(model, profile.recipe(data))
+    toy.check(profile.build(params.ToyParams, "toy"))
