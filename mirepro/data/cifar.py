@@ -128,7 +128,7 @@ class _PickleReader(_Reader):
         return Sample(key, ppm(member.reshape(3, SIZE, SIZE).transpose(1, 2, 0)), ".ppm", label)
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
     """Knows nothing but NumPy arrays: a pickle can otherwise run any program."""
 
     ALLOWED = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray",
@@ -154,7 +154,7 @@ def read_batch(path: Path) -> tuple[np.ndarray, list[int]]:
     """
     try:
         with path.open("rb") as file:
-            batch = _Unpickler(file).load()
+            batch = Unpickler(file).load()
         pixels, labels = batch[b"data"], list(batch[b"labels"])
     except OSError as error:
         raise UserError(f"{path}: missing or unreadable ({error.strerror}); complete the data") from error

@@ -2,6 +2,7 @@
 
 import io
 import lzma
+import os
 import shutil
 import tarfile
 import tempfile
@@ -47,19 +48,22 @@ def unpacked(path: Path | str, beside: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _inside(member: tarfile.TarInfo, work: str) -> tarfile.TarInfo:
-    """Python's filter for data, which would silently move absolute names inside."""
-    if member.name.startswith("/"):
-        raise tarfile.AbsolutePathError(member)
-    return tarfile.data_filter(member, work)
-
-
 def _extract(path: Path, work: Path) -> None:
+    """Files and folders only; Debian 12's Python has no extraction filters yet."""
     try:
         with tarfile.open(path) as tar:
-            tar.extractall(work, filter=_inside)
-    except tarfile.FilterError as error:
-        raise UserError(f"{path}: member {error.tarinfo.name!r} leads out of the archive; nothing imported") from error
+            for member in tar:
+                target = work / member.name
+                if member.name.startswith("/") or not Path(os.path.normpath(target)).is_relative_to(work):
+                    raise UserError(f"{path}: member {member.name!r} leads out of the archive; nothing imported")
+                if member.isdir():
+                    target.mkdir(parents=True, exist_ok=True)
+                elif (content := tar.extractfile(member) if member.isreg() else None) is not None:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with open(target, "wb") as file:
+                        shutil.copyfileobj(content, file)
+                else:
+                    raise UserError(f"{path}: member {member.name!r} is a link or a device; pack plain files")
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: not a complete tar file ({reason}); fetch it again") from error

@@ -1,0 +1,44 @@
+"""The images of a split as tensors, by sample index; what does not fit into memory is decoded batch by batch."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mirepro.data.shards import Split
+from mirepro.errors import UserError
+
+MEMORY = 4 * 10**9
+"""Bytes of decoded images that one split may keep; a larger one is decoded from its mapped shards again and again."""
+
+
+class Images:
+    """Images of equal size, indexed by sample: `images[index]` is `(b, 3, S, S)` uint8 in the order of `index`.
+
+    Args:
+        split: The opened split.
+        threads: Decoders of a batch that is not kept; their number changes no byte.
+
+    Raises:
+        UserError: Images differ in size.
+    """
+
+    def __init__(self, split: Split, threads: int = 1) -> None:
+        self._split, self._shape = split, split.image(0).shape
+        small = len(split) * int(np.prod(self._shape)) <= MEMORY
+        self._kept = torch.from_numpy(split.images(None)) if small else None
+        self._pool = None if small else ThreadPoolExecutor(threads)
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Images of samples `(b,)` int64."""
+        if self._pool is None:
+            assert self._kept is not None
+            return self._kept[index]
+        images = list(self._pool.map(self._split.image, index.tolist()))
+        if any(image.shape != self._shape for image in images):
+            raise UserError(f"{self._split.folder}: images of different sizes; import the data again with a side")
+        return torch.from_numpy(np.stack(images))
