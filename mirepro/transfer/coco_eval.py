@@ -1,4 +1,8 @@
-"""COCO's numbers through faster-coco-eval: 12 for boxes and masks, 10 for keypoints; -1 (nothing to judge) is None."""
+"""COCO's numbers through faster-coco-eval: 12 for boxes and masks, 10 for keypoints; -1 (nothing to judge) is None.
+
+LVIS's are federated: a category counts in an image only where it was looked for. Source: Gupta, Dollar and Girshick,
+LVIS: a dataset for large vocabulary instance segmentation (2019); rules as in their lvis-api.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +17,27 @@ from numpy.typing import NDArray
 KINDS = {"box": "bbox", "mask": "segm", "keypoint": "keypoints"}
 BOX_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 KEYPOINT_STATS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
+LVIS_STATS = {"AP": "AP_all", "AP50": "AP_50", "AP75": "AP_75", "APs": "AP_small", "APm": "AP_medium",
+              "APl": "AP_large", "APr": "APr", "APc": "APc", "APf": "APf", "AR300": "AR_all", "ARs": "AR_small",
+              "ARm": "AR_medium", "ARl": "AR_large"}  # fmt: skip
+LVIS_DETECTIONS = 300
+"""Most detections of an image that count."""
+
+
+@dataclass(frozen=True)
+class Federated:
+    """What LVIS knows of its labels.
+
+    Attributes:
+        frequencies: r, c or f (rare, common, frequent) of each category.
+        absent: Categories of each image that were looked for in vain: a find is false.
+        partial: Categories of each image that were not labelled exhaustively: a find without a label is ignored. Finds
+            of a category that is neither labelled nor in `absent` are ignored, too.
+    """
+
+    frequencies: Sequence[str]
+    absent: Sequence[Sequence[int]]
+    partial: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +66,9 @@ def encode(mask: NDArray[np.bool_]) -> dict[str, Any]:
     return {"size": [int(n) for n in code["size"]], "counts": counts if isinstance(counts, str) else counts.decode()}
 
 
-def ground_truth(objects: Sequence[Sequence[dict[str, Any]]], size: int, categories: int) -> COCO:
+def ground_truth(
+    objects: Sequence[Sequence[dict[str, Any]]], size: int, categories: int, federated: Federated | None = None
+) -> COCO:
     """A COCO index over images 1..n from the objects of each image (see `data.shards`)."""
     annotations: list[dict[str, Any]] = []
     for image, found in enumerate(objects):
@@ -52,8 +79,14 @@ def ground_truth(objects: Sequence[Sequence[dict[str, Any]]], size: int, categor
                  "iscrowd": thing.get("iscrowd", 0), "keypoints": points,
                  "num_keypoints": sum(v > 0 for v in points[2::3])}
             )  # fmt: skip
-    images = [{"id": i + 1, "width": size, "height": size} for i in range(len(objects))]
-    names = [{"id": i + 1, "name": str(i)} for i in range(categories)]
+    images: list[dict[str, Any]] = [{"id": i + 1, "width": size, "height": size} for i in range(len(objects))]
+    names: list[dict[str, Any]] = [{"id": i + 1, "name": str(i)} for i in range(categories)]
+    if federated is not None:
+        for name, kind in zip(names, federated.frequencies, strict=True):
+            name["frequency"] = kind
+        for facts, absent, partial in zip(images, federated.absent, federated.partial, strict=True):
+            facts["neg_category_ids"] = [category + 1 for category in absent]
+            facts["not_exhaustive_category_ids"] = [category + 1 for category in partial]
     return COCO({"images": images, "annotations": annotations, "categories": names})
 
 
@@ -85,7 +118,7 @@ def evaluate(
     Args:
         truth: See `ground_truth`.
         predictions: One per image, in the order of the images.
-        task: "box", "mask" or "keypoint".
+        task: "box", "mask" or "keypoint"; not "keypoint" for a federated index.
         sigmas: OKS sigma of each keypoint, as a share of sqrt(mask area); COCO's own are never assumed.
 
     Returns:
@@ -100,6 +133,18 @@ def evaluate(
         kpt_oks_sigmas=None if sigmas is None else list(sigmas),
         rle_iou_max_workers=1,
     )
+    if "neg_category_ids" in next(iter(truth.imgs.values()), {}):
+        return _federated(judge)
     judge.run()
     names = KEYPOINT_STATS if task == "keypoint" else BOX_STATS
-    return {name: None if value < 0 else 100 * float(value) for name, value in zip(names, judge.stats, strict=True)}
+    return {name: _percent(value) for name, value in zip(names, judge.stats, strict=True)}
+
+
+def _federated(judge: COCOeval_faster) -> dict[str, float | None]:
+    judge.lvis_style, judge.params.maxDets = True, [LVIS_DETECTIONS]
+    judge.run()
+    return {name: _percent(judge.stats_as_dict[label]) for name, label in LVIS_STATS.items()}
+
+
+def _percent(value: float) -> float | None:
+    return None if value < 0 else 100 * float(value)

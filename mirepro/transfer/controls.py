@@ -57,23 +57,25 @@ CONTROLS = {"colour": colour, "area_position": area_position, "pixels": pixels, 
 def controls(params: EvaluateParams, data_folder: Path) -> dict[str, Any]:
     """Linear and kNN top-1 of every control that the data set's labels allow."""
     splits = {name: shards.open(data_folder, name) for name in ("train", "val", "test")}
-    rows = {}
+    rows: dict[str, Any] = {}
     for name, feature in CONTROLS.items():
         if name == "area_position" and not all(splits["train"].objects):
             continue
         x = {split: torch.from_numpy(feature(value)) for split, value in splits.items()}
         y = {split: torch.from_numpy(value.labels) for split, value in splits.items()}
-        rows[name] = {"cells": _row(params, x, y, len(splits["train"].classes))}
+        rows[name] = _row(params, x, y, len(splits["train"].classes))
     return {"schema": metrics.SCHEMA, "stage": "controls", "rows": rows}
 
 
 def _row(params: EvaluateParams, x: dict[str, Tensor], y: dict[str, Tensor], n_classes: int) -> dict[str, Any]:
+    """Cells of one control, and which test images each of them got right (see `linear.answers`)."""
     classifier, _, chosen = linear.fit((x["train"], y["train"]), (x["val"], y["val"]), n_classes, params.linear)
-    accuracy = linear.top1(classifier.predict(x["test"]), y["test"])
-    cells = {"linear_flat": metrics.cell(accuracy, "%", f"softmax regression, L2 {chosen} chosen on val, test top-1")}
+    predicted = {"linear_flat": classifier.predict(x["test"])}
+    protocols = {"linear_flat": f"softmax regression, L2 {chosen} chosen on val, test top-1"}
     z = {name: torch.nn.functional.normalize(classifier.standardise(value)) for name, value in x.items()}
     votes = knn.predict(z["test"], z["train"], y["train"], k_nn=params.k_nn, tau=params.tau, n_classes=n_classes)
-    for k, predicted in votes.items():
-        protocol = f"weighted kNN, k {k}, cosine of standardised features, test top-1"
-        cells[f"knn_{k}"] = metrics.cell(linear.top1(predicted, y["test"]), "%", protocol)
-    return cells
+    for k, prediction in votes.items():
+        predicted[f"knn_{k}"] = prediction
+        protocols[f"knn_{k}"] = f"weighted kNN, k {k}, cosine of standardised features, test top-1"
+    cells = {name: metrics.cell(linear.top1(predicted[name], y["test"]), "%", text) for name, text in protocols.items()}
+    return {"cells": cells, "answers": [linear.answers(predicted, y["test"])]}  # in a list: no metric to DVC

@@ -6,17 +6,15 @@ place of SGD, because a few hundred steps must do.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from mirepro import encoders, files, rng
+from mirepro import checkpoint, encoders, files, rng
 from mirepro.data import shards
 from mirepro.errors import UserError
 from mirepro.params import DetectParams
@@ -25,7 +23,7 @@ from mirepro.transfer.coco_eval import Prediction
 from mirepro.transfer.detection_data import Scenes
 from mirepro.transfer.detection_model import Detector
 
-MODELS = ("mask", "keypoint")
+MODELS = {"box": "Faster", "mask": "mask", "keypoint": "keypoint"}
 SHOWN, SHOWN_SCORE = 12, 0.3
 _SAMPLING = 1 << 40  # sample number of the keys that seed torch's RoI sampling; images have smaller ones
 
@@ -50,11 +48,13 @@ def check(model: str, params: DetectParams) -> None:
         raise UserError(f"detect model: {model!r} is unknown; known: {', '.join(MODELS)}")
     if params.fixed_lr not in params.lrs or min(params.lrs) <= 0:
         raise UserError(f"detect.fixed_lr: {params.fixed_lr} must be one of detect.lrs = {list(params.lrs)}, all > 0")
-    for key in ("size", "batch", "epochs", "long", "fpn", "min_stride", "detections"):
+    for key in ("size", "batch", "epochs", "keypoint_epochs", "long", "fpn", "min_stride", "detections"):
         if getattr(params, key) < 1:
             raise UserError(f"detect.{key}: {getattr(params, key)} is impossible; use 1 or more")
     if not 0 <= params.warmup < 1 or not params.anchors:
         raise UserError("detect.warmup, detect.anchors: use a share in [0, 1) and at least one anchor level")
+    if not 0 <= params.flip <= 1:
+        raise UserError(f"detect.flip: {params.flip} is impossible; use a share in [0, 1]")
 
 
 def set_mode(detector: Detector, training: bool, frozen: bool) -> None:
@@ -100,14 +100,14 @@ class Feed:
         return self.detector.backbone.maps(torch.where(mirrored[:, None, None, None], x.flip(-1), x))
 
 
-def batches(n: int, batch: int, epochs: int, seed: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Step, image indices and mirrored flags; full batches only, a new order and new flips each epoch."""
+def batches(n: int, batch: int, epochs: int, flip: float, seed: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Step, image indices and mirrored flags (a share `flip`); full batches, a new order and new flips each epoch."""
     per_epoch = max(1, n // batch)
     for epoch in range(epochs):
         order = rng.permutation(seed, rng.Stream.TRANSFER, epoch, n)
         for i in range(per_epoch):
             index = order[i * batch : (i + 1) * batch]
-            mirrored = rng.uniform(seed, rng.Stream.TRANSFER, epoch, index, 3)[:, 2] < 0.5
+            mirrored = rng.uniform(seed, rng.Stream.TRANSFER, epoch, index, 3)[:, 2] < flip
             yield epoch * per_epoch + i, torch.from_numpy(index), torch.from_numpy(mirrored)
 
 
@@ -132,7 +132,7 @@ def train(detector: Detector, scenes: Scenes, variant: Variant, params: DetectPa
     optimiser = torch.optim.AdamW(weights, variant.lr, weight_decay=params.weight_decay, fused=True)
     epochs = params.epochs * variant.length
     steps = epochs * max(1, n // params.batch)
-    for step, index, mirrored in batches(n, params.batch, epochs, seed):
+    for step, index, mirrored in batches(n, params.batch, epochs, params.flip, seed):
         torch.manual_seed(int(rng.words(seed, rng.Stream.TRANSFER, step, [_SAMPLING], 1)[0, 0]))
         optimiser.param_groups[0]["lr"] = variant.lr * rate(step, steps, params.warmup)
         chosen = zip(mirrored.tolist(), index.tolist(), strict=True)
@@ -168,7 +168,8 @@ def score(scenes: Scenes, predictions: Sequence[Prediction], model: str, params:
     """COCO's numbers per task; keypoint AP also at other OKS sigmas (`AP@x0.5` = half of them)."""
     truth = scenes.truth()
     stats: dict[str, Any] = {"box": coco_eval.evaluate(truth, predictions, "box")}
-    stats[model] = coco_eval.evaluate(truth, predictions, model, scenes.sigmas or None)
+    if model != "box":
+        stats[model] = coco_eval.evaluate(truth, predictions, model, scenes.sigmas or None)
     for factor in params.sensitivity if model == "keypoint" else ():
         other = coco_eval.evaluate(truth, predictions, model, [factor * sigma for sigma in scenes.sigmas])
         stats[model] |= {f"{name}@x{factor:g}": other[name] for name in ("AP", "AP50")}
@@ -176,7 +177,7 @@ def score(scenes: Scenes, predictions: Sequence[Prediction], model: str, params:
 
 
 def val_score(stats: dict[str, Any]) -> float:
-    """What the learning rate is chosen by: AP50 averaged over the model's two tasks."""
+    """What the learning rate is chosen by: AP50 averaged over the model's tasks."""
     return float(np.mean([task["AP50"] or 0.0 for task in stats.values()]))
 
 
@@ -184,19 +185,31 @@ class Bench:
     """Trains the variants of one run, keeping each finished one in a folder until the stage is done."""
 
     def __init__(
-        self, fresh: Callable[[], Detector], scenes: Scenes, params: DetectParams, seed: int, work: Path
+        self,
+        fresh: Callable[[], Detector],
+        scenes: Scenes,
+        params: DetectParams,
+        seed: int,
+        work: Path,
+        fingerprint: str,
     ) -> None:
-        self.fresh, self.scenes, self.params, self.seed, self.work = fresh, scenes, params, seed, work
+        self.fresh, self.scenes, self.params, self.seed = fresh, scenes, params, seed
+        self.work, self.fingerprint = work, fingerprint
 
     def detector(self, variant: Variant) -> Detector:
-        """The trained detector of a variant: read if an earlier, interrupted stage finished it, else trained."""
-        detector, path = self.fresh(), self.work / f"{variant.name}.safetensors"
-        if path.exists():
-            detector.load_state_dict(load_file(path))
+        """The trained detector of a variant: read if an earlier, interrupted stage finished it, else trained.
+
+        Raises:
+            UserError: What is there belongs to another run or variant.
+        """
+        detector, folder = self.fresh(), self.work / variant.name
+        mark = f"{self.fingerprint[:12]} {variant.name}"
+        saved = checkpoint.load(folder, mark)
+        if saved is not None:
+            detector.load_state_dict(saved.tensors)
             return detector
         train(detector, self.scenes, variant, self.params, self.seed)
-        state = {name: value.detach().clone().contiguous() for name, value in detector.state_dict().items()}
-        files.write_bytes(path, to_safetensors(state))
+        checkpoint.save(folder, mark, detector.state_dict(), {})
         return detector
 
 
@@ -232,7 +245,7 @@ def _protocol(name: str, variant: Variant, model: str, params: DetectParams) -> 
     trunk = "trunk frozen" if variant.frozen else "trunk fine-tuned"
     choice = "fixed" if name == "fixed" else "chosen on val AP50"
     return (
-        f"torchvision recipe, {model} R-CNN + FPN, {trunk}; AdamW, lr {variant.lr:g} ({choice}), "
+        f"torchvision recipe, {MODELS[model]} R-CNN + FPN, {trunk}; AdamW, lr {variant.lr:g} ({choice}), "
         f"{params.epochs * variant.length} epochs of batch {params.batch}, linear decay with warm-up; test"
     )
 
@@ -268,6 +281,7 @@ def detect(
     data_folder: Path,
     work: Path,
     out: Path,
+    fingerprint: str,
 ) -> dict[str, Any]:
     """Runs the protocol on one pretrained trunk.
 
@@ -275,12 +289,13 @@ def detect(
         run: Name of the pretraining run.
         row: Its row in the tables.
         seed: Seed of heads, order and sampling.
-        model: "mask" or "keypoint".
+        model: "box", "mask" or "keypoint".
         params: Sizes, schedules and rates.
         pretrained: Folder with `encoder.safetensors`.
         data_folder: Data set with objects.
         work: Folder that survives a kill; finished variants wait there.
         out: Folder for `detections.json`.
+        fingerprint: Names the run; finished variants of another one are refused.
 
     Returns:
         The metrics JSON.
@@ -289,11 +304,13 @@ def detect(
         UserError: Bad parameters, data without such objects, or anchors that miss more than 5 % of val's boxes.
     """
     check(model, params)
+    params = replace(params, epochs=params.keypoint_epochs if model == "keypoint" else params.epochs)
 
-    def read(split: str) -> Scenes:
-        return detection_data.load(shards.open(data_folder, split), model, params.size, params.oks_sigma)
+    def read(split: str, used: list[int] | None = None) -> Scenes:
+        return detection_data.load(shards.open(data_folder, split), model, params.size, params.oks_sigma, used)
 
-    train_set, val = read("train"), read("val")
+    train_set = read("train")
+    val = read("val", train_set.used)
 
     def fresh() -> Detector:
         trunk = encoders.load(pretrained / "encoder.safetensors")
@@ -304,11 +321,11 @@ def detect(
     recall = fresh().anchor_recall([target["boxes"] for target in val.targets[0]])
     if recall < 0.95:
         raise UserError(f"detect.anchors: only {recall:.1%} of val's boxes meet an anchor; change the anchors' sizes")
-    bench = Bench(fresh, train_set, params, seed, work)
+    bench = Bench(fresh, train_set, params, seed, work, fingerprint)
     chosen, grid = _choose(bench, val, model, params)
     variants = _variants(chosen, params)
     detectors = {variant: bench.detector(variant) for variant in dict.fromkeys(variants.values())}
-    test = read("test")
+    test = read("test", train_set.used)
     found = {variant: predict(detector, test.images, params.batch) for variant, detector in detectors.items()}
     stats = {label: score(test, found[variant], model, params) for label, variant in variants.items()}
     files.write_json(out / "detections.json", _shown(found[variants["tuned"]]))

@@ -9,9 +9,11 @@ import torch
 from faster_coco_eval.core.coco import COCO
 from torch import Tensor
 
+from mirepro import files
 from mirepro.data import masks, shards
 from mirepro.errors import UserError
 from mirepro.transfer import coco_eval
+from mirepro.transfer.coco_eval import Federated
 
 Target = dict[str, Tensor]
 
@@ -26,6 +28,8 @@ class Scenes:
         targets: Torchvision targets of each image, and of its mirror image.
         categories: Names of the used categories.
         sigmas: OKS sigma per keypoint; empty for data without keypoints.
+        used: Numbers of the used categories in the data set.
+        federated: LVIS's rules; None where every image is labelled for every category.
     """
 
     images: Tensor
@@ -33,51 +37,70 @@ class Scenes:
     targets: tuple[list[Target], list[Target]]
     categories: list[str]
     sigmas: list[float]
+    used: list[int]
+    federated: Federated | None = None
 
     def truth(self) -> COCO:
         """COCO's index of the objects."""
-        return coco_eval.ground_truth(self.objects, self.images.shape[-1], len(self.categories))
+        return coco_eval.ground_truth(self.objects, self.images.shape[-1], len(self.categories), self.federated)
 
 
-def load(split: shards.Split, model: str, size: int, sigma: float | None = None) -> Scenes:
+def load(
+    split: shards.Split, model: str, size: int, sigma: float | None = None, used: Sequence[int] | None = None
+) -> Scenes:
     """Reads a split for one model.
 
     Args:
         split: Opened split of a data set with objects.
-        model: "mask", or "keypoint", which uses the categories that have keypoints only.
+        model: "box", "mask", or "keypoint", which uses the categories that have keypoints only.
         size: Side in pixels.
         sigma: OKS sigma of every keypoint; None takes the data's own.
+        used: Numbers of the used categories, those of the training split; None finds them here.
 
     Raises:
-        UserError: The data have no such objects.
+        UserError: The data have no such objects, or the federated rules are not those of the manifest.
     """
     objects, points = split.objects_at(size), split.keypoints if model == "keypoint" else {}
-    used = _used(objects, model)
-    if not used:
-        raise UserError(f"detect: the data have no objects with {model}s; use a data set that has them")
+    used = _used(objects, model, len(split.categories)) if used is None else list(used)
     number = {category: i for i, category in enumerate(used)}
     kept = [
         [{**thing, "category": number[thing["category"]]} for thing in found if thing["category"] in number]
         for found in objects
     ]
-    targets = [_target(found, size, model) for found in kept]
     swap = points.get("flips", [])
+    targets = [_target(found, size, model, len(swap)) for found in kept]
     return Scenes(
         torch.from_numpy(split.images(size)).float() / 255,
         kept,
         (targets, [_mirror(target, size, swap) for target in targets]),
         [split.categories[category] for category in used],
         [float(own if sigma is None else sigma) for own in points.get("sigmas", [])],
+        used,
+        _rules(split) if "federated" in split.meta else None,
     )
 
 
-def _used(objects: Sequence[Sequence[dict[str, Any]]], model: str) -> list[int]:
-    key = "segmentation" if model == "mask" else "keypoints"
-    return sorted({thing["category"] for found in objects for thing in found if thing.get(key)})
+def _used(objects: Sequence[Sequence[dict[str, Any]]], model: str, categories: int) -> list[int]:
+    """All categories; for keypoints, those that have some."""
+    key = {"box": "bbox", "mask": "segmentation", "keypoint": "keypoints"}[model]
+    found = sorted({thing["category"] for things in objects for thing in things if thing.get(key)})
+    if not found:
+        raise UserError(f"detect: the data have no objects with {model}s; use a data set that has them")
+    return found if model == "keypoint" else list(range(categories))
 
 
-def _target(found: Sequence[dict[str, Any]], size: int, model: str) -> Target:
-    """Boxes `(n, 4)` as corners, labels from 1, masks `(n, S, S)` uint8 or keypoints `(n, K, 3)`; crowds left out."""
+def _rules(split: shards.Split) -> Federated:
+    """`federated.json` of an LVIS split, checked against the manifest."""
+    path = split.folder / "federated.json"
+    if not path.is_file() or files.sha256(path) != split.meta["federated"]:
+        raise UserError(f"{path}: missing or not the manifest's; import the data again")
+    rules = files.read_json(path)[split.name]
+    absent, partial = ([rules[key][part] for key in split.keys] for part in (0, 1))
+    return Federated(split.meta["frequencies"], absent, partial)
+
+
+def _target(found: Sequence[dict[str, Any]], size: int, model: str, keypoints: int) -> Target:
+    """Boxes `(n, 4)` as corners, labels from 1, masks `(n, S, S)` uint8, keypoints `(n, K, 3)`; crowds left out."""
     things = [t for t in found if not t.get("iscrowd") and min(t["bbox"][2:]) > 0]
     corners = torch.tensor([t["bbox"] for t in things], dtype=torch.float32).view(-1, 4)
     corners[:, 2:] += corners[:, :2]
@@ -85,9 +108,9 @@ def _target(found: Sequence[dict[str, Any]], size: int, model: str) -> Target:
     if model == "mask":
         drawn = [masks.decode(t["segmentation"], size, size) for t in things]
         target["masks"] = torch.from_numpy(np.array(drawn, np.uint8).reshape(-1, size, size))
-    else:
+    elif model == "keypoint":
         points = [t["keypoints"] for t in things]
-        target["keypoints"] = torch.tensor(points, dtype=torch.float32).view(len(things), -1, 3)
+        target["keypoints"] = torch.tensor(points, dtype=torch.float32).view(len(things), keypoints, 3)
     return target
 
 
@@ -100,5 +123,5 @@ def _mirror(target: Target, size: int, swap: Sequence[int]) -> Target:
     if "keypoints" in target:
         points = target["keypoints"].clone()
         points[..., 0] = size - points[..., 0]
-        mirrored["keypoints"] = points[:, list(swap)] if len(points) else points
+        mirrored["keypoints"] = points[:, list(swap)]
     return mirrored

@@ -1,4 +1,4 @@
-"""Torchvision's Mask and Keypoint R-CNN with an FPN over a pretrained trunk; every size is a parameter.
+"""Torchvision's Faster, Mask and Keypoint R-CNN with an FPN over a pretrained trunk; every size is a parameter.
 
 Three of torchvision's defaults are wrong here and are set otherwise: anchors and the RoI pooling's canonical scale
 follow the image size, BatchNorm trains everywhere (torchvision freezes it when weights are given), no download.
@@ -140,7 +140,7 @@ def build(trunk: nn.Module, model: str, params: DetectParams, categories: int, k
 
     Args:
         trunk: A module with the attributes of `Trunk`; it becomes part of the detector.
-        model: "mask" or "keypoint".
+        model: "box", "mask" or "keypoint".
         params: Sizes.
         categories: Number of object categories without the background.
         keypoints: Keypoints per object.
@@ -165,6 +165,8 @@ def build(trunk: nn.Module, model: str, params: DetectParams, categories: int, k
         "box_predictor": FastRCNNPredictor(hidden, categories + 1),
         "box_score_thresh": params.score, "box_detections_per_img": params.detections,
     }  # fmt: skip
+    if model == "box":
+        return Detector(FasterRCNN(backbone, **common), params.size)
     sizes = params.mask if model == "mask" else params.keypoint
     pool = _pool(backbone, params, sizes.pool)
     head = MaskRCNNHeads(width, [sizes.width] * sizes.layers, 1, norm)

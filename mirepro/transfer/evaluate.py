@@ -1,30 +1,41 @@
 """Transfer to classification: weighted kNN and linear evaluation of one frozen encoder, in one process."""
 
 import operator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mirepro import encoders, files, metrics, ops, views
 from mirepro.data import shards
+from mirepro.data.images import Images
 from mirepro.encoders import Ensemble
 from mirepro.errors import UserError
-from mirepro.params import EvaluateParams
+from mirepro.params import EvaluateParams, ViewParams
 from mirepro.transfer import knn, linear
 
 KINDS = ("flat", "pool")
 
 
 @torch.no_grad()
-def features(model: Ensemble, rgb: Tensor) -> dict[str, Tensor]:
-    """RGB in [0, 1] `(N, 3, S, S)` -> `flat` `(N, F h w)`, `pool` `(N, F)` and unit embeddings `z` `(N, D)`."""
+def features(model: Ensemble, images: Images, view: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
+    """Features of views of all N images.
+
+    Args:
+        model: The frozen encoder.
+        images: The images.
+        view: Stored images `(b, 3, S, S)` uint8 and their indices `(b,)` -> RGB in [0, 1].
+
+    Returns:
+        `flat` `(N, F h w)`, `pool` `(N, F)` and unit embeddings `z` `(N, D)`.
+    """
     rows: dict[str, list[Tensor]] = {"flat": [], "pool": [], "z": []}
-    for piece in rgb.split(256):
-        inputs = views.modalities(piece, model.modalities)
+    for index in torch.arange(len(images)).split(256):
+        inputs = views.modalities(view(images[index], index), model.modalities)
         maps = [model.encoder(name).feature_map(inputs[name]) for name in model.modalities]
         pooled = [m.mean((2, 3)) for m in maps]
         heads = [model.encoder(name).head(p) for name, p in zip(model.modalities, pooled, strict=True)]
@@ -73,7 +84,8 @@ def evaluate(
     model = encoders.load(pretrained / "encoder.safetensors")
     splits = {name: shards.open(data_folder, name) for name in ("train", "val", "test")}
     size = params.views.size
-    x = {name: features(model, views.plain(torch.from_numpy(s.images(None)), size)) for name, s in splits.items()}
+    images = {name: Images(split, torch.get_num_threads()) for name, split in splits.items()}
+    x = {name: features(model, values, lambda rgb, _: views.plain(rgb, size)) for name, values in images.items()}
     y = {name: torch.from_numpy(split.labels) for name, split in splits.items()}
     n_classes = len(splits["train"].classes)
     predicted: dict[str, Tensor] = {}
@@ -85,7 +97,7 @@ def evaluate(
         detail["chosen"][kind], detail["features"][kind] = chosen, x["train"][kind].shape[1]
         predicted[f"linear_{kind}"] = classifier.predict(x["test"][kind])
         cells[f"linear_{kind}"] = f"softmax regression on {kind} C5, L2 {chosen} of {detail['trials']} chosen on val"
-    for kind, classifier in _author(model, splits["train"], y["train"], n_classes, seed, params).items():
+    for kind, classifier in _author(model, images["train"], y["train"], n_classes, seed, params).items():
         predicted[f"linear_author_{kind}"] = classifier.predict(x["test"][kind])
         sgd = f"SGD lr {params.linear.author_lr}, momentum {params.linear.author_momentum}"
         cells[f"linear_author_{kind}"] = f"{sgd}, {params.linear.author_epochs} epochs, train augmentation, {kind} C5"
@@ -104,15 +116,19 @@ def evaluate(
 
 
 def _author(
-    model: Ensemble, train: shards.Split, classes: Tensor, n_classes: int, seed: int, params: EvaluateParams
+    model: Ensemble, images: Images, classes: Tensor, n_classes: int, seed: int, params: EvaluateParams
 ) -> dict[str, linear.Classifier]:
-    images, index = torch.from_numpy(train.images(None)), torch.arange(train.size)
     solvers: dict[str, linear.Author] = {}
     for epoch in range(params.linear.author_epochs):
-        x = features(model, views.batch(images, params.views, seed=seed, epoch=epoch, index=index, view=2))
+        drawn: dict[str, Any] = {"seed": seed, "epoch": epoch, "view": 2}
+        x = features(model, images, partial(_augmented, params.views, drawn))
         for kind in KINDS:
             solvers.setdefault(kind, linear.Author(x[kind], n_classes, seed, params.linear)).epoch(x[kind], classes)
     return {kind: solver.classifier() for kind, solver in solvers.items()}
+
+
+def _augmented(params: ViewParams, drawn: dict[str, Any], images: Tensor, index: Tensor) -> Tensor:
+    return views.batch(images, params, index=index, **drawn)
 
 
 def gallery(pretrained: Path, params: EvaluateParams) -> dict[str, Any]:
@@ -132,6 +148,5 @@ def gallery(pretrained: Path, params: EvaluateParams) -> dict[str, Any]:
 
 
 def _write(out: Path, predicted: dict[str, Tensor], classes: Tensor, pictures: dict[str, Any]) -> None:
-    bits = {name: np.packbits((value == classes).numpy()).tobytes().hex() for name, value in predicted.items()}
-    files.write_json(out / "test.json", {**bits, "n": len(classes)})
+    files.write_json(out / "test.json", linear.answers(predicted, classes))
     files.write_json(out / "gallery.json", pictures)
