@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 
 def clock(seconds: float) -> str:
@@ -14,6 +16,18 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A running stage; the last three are of a job elsewhere."""
+
+    stage: str
+    started: float
+    progress: str
+    state: str = ""
+    job: str = ""
+    node: str = ""
 
 
 class Board:
@@ -34,6 +48,7 @@ class Board:
         self._spent = self._expected = 0.0
         self._live = Live(console=self._console, transient=True, refresh_per_second=4, auto_refresh=False)
         self._shown = 0.0
+        self._told: set[tuple[str, str]] = set()
 
     def __enter__(self) -> "Board":
         if self._console.is_terminal and not self._quiet:
@@ -45,12 +60,17 @@ class Board:
     ) -> None:
         self._live.stop()
 
-    def show(self, running: Sequence[tuple[str, float, str]]) -> None:
-        """Redraws the table of `(stage, start, progress)`, four times a second at most."""
+    def show(self, running: Sequence[Line]) -> None:
+        """Redraws the table of running stages, four times a second at most; elsewhere, says where a job goes."""
         now = time.monotonic()
         if self._live.is_started and now - self._shown > 0.25:
             self._shown = now
             self._live.update(self._table(running, now), refresh=True)
+        if not self._live.is_started and not self._quiet:
+            for line in running:
+                if line.job and (line.stage, line.job) not in self._told:
+                    self._told.add((line.stage, line.job))
+                    self._console.print(f"{line.stage} is job {line.job}", markup=False, soft_wrap=True)
 
     def finish(self, name: str, seconds: float, good: bool) -> None:
         """Counts a finished stage and says so."""
@@ -66,15 +86,22 @@ class Board:
 
     def remaining(self) -> float:
         """Seconds left, the estimates corrected by what the finished stages really took."""
-        factor = self._spent / self._expected if self._expected else 1.0
-        return factor * sum(self._left.values()) / self._jobs
+        return self._factor() * sum(self._left.values()) / self._jobs
 
-    def _table(self, running: Sequence[tuple[str, float, str]], now: float) -> Table:
+    def _table(self, running: Sequence[Line], now: float) -> Group:
         left = f", about {clock(self.remaining())} left" if self._left else ""
         title = f"{self._done} of {len(self.estimates)} stages, {clock(now - self._start)}{left}"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for column in ("stage", "time", "progress"):
+        table = Table(box=None, pad_edge=False)  # the title is as wide as the screen, not as the table
+        elsewhere = any(line.job or line.state for line in running)
+        for column in ("stage", *(("state", "job", "node") if elsewhere else ()), "time", "left", "progress"):
             table.add_column(column, no_wrap=True)
-        for name, started, progress in running:
-            table.add_row(name, clock(now - started), progress)
-        return table
+        for line in running:
+            place = (line.state, line.job, line.node) if elsewhere else ()
+            rest = self._left.get(line.stage, 0.0) * self._factor() - (now - line.started)
+            left = clock(rest) if rest > 0 else ""
+            table.add_row(line.stage, *place, clock(now - line.started), left, line.progress)
+        return Group(Text(title), table)
+
+    def _factor(self) -> float:
+        """How much longer stages take than expected."""
+        return self._spent / self._expected if self._expected else 1.0

@@ -1,5 +1,6 @@
 """Which stages are stale, and what each waits for; asked of DVC inside this process."""
 
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import chdir
@@ -70,6 +71,26 @@ class Pipeline:
                 if name in reasons or not self.needs[name].isdisjoint(stale):
                     stale.append(name)
         return Plan(self.needs, stale, reasons)
+
+    def differences(self, address: str) -> list[tuple[str, str]]:
+        """(path, what happened to it) of everything in which a stage differs from its entry in dvc.lock."""
+        with chdir(self._root), self._repo.lock:
+            entries = self._stages[address].status().get(address, [])
+        changes = [("stage", entry) if isinstance(entry, str) else entry for entry in entries]
+        return [
+            pair for entry in changes for pair in
+            ([entry] if isinstance(entry, tuple) else [item for what in entry.values() for item in _flat(what)])
+        ]  # fmt: skip
+
+    def commit(self, addresses: Sequence[str]) -> None:
+        """Records stages in dvc.lock as they stand, without running them."""
+        from mirepro.launch.dvc import make_atomic
+
+        make_atomic()
+        logging.getLogger("dvc").setLevel(logging.WARNING)
+        with chdir(self._root):
+            for address in addresses:
+                self._repo.commit(address, force=True)
 
 
 def _reason(stage: object) -> str:

@@ -2,27 +2,33 @@
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mirepro import determinism, files, stages
 from mirepro.errors import UserError
-from mirepro.launch.board import Board
+from mirepro.execution import KEEP
+from mirepro.launch.board import Board, Line
+from mirepro.launch.dvc import mend
+from mirepro.launch.launcher import Detached, farewell
 from mirepro.launch.nursery import Nursery
 from mirepro.launch.plan import Pipeline, Plan, is_code
+from mirepro.launch.remote import Dispatch, Remote
 from mirepro.profiles import Profile
 
 POLL = 0.1  # seconds between looks at the running stages
+COLLECTORS = 2
+"""DVC processes at a time; what is computed meanwhile goes to the next one together."""
 TAIL = 25  # lines of a failed stage's log
+SCARCE = 1 << 20  # bytes: with less room a failure may be the disk's
 DEFAULT = 10.0  # seconds, where no stage of a kind ever ran
 
 
@@ -30,25 +36,56 @@ class StageFailed(Exception):
     """A stage failed; the message holds its name and the tail of its log."""
 
 
+class Worker(Protocol):
+    """A computation at work: a process of this machine, or a job elsewhere, which has no `pid`."""
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it runs."""
+
+    @property
+    def pid(self) -> int | None:
+        """The leader of its process group."""
+
+
 @dataclass
 class Running:
-    """A started stage: first its computation, where it has one, then DVC, which collects it."""
+    """A started stage: first its computation, where it has one, then DVC, which collects it.
+
+    Attributes:
+        process: DVC, which may collect other stages too.
+        mates: The stages it collects.
+        single: Whether DVC has failed for a group, so that this stage gets one of its own.
+    """
 
     name: str
-    worker: BaseProcess | None
-    collect: Callable[[], "subprocess.Popen[bytes]"]
+    worker: Worker | None
     log: Path
     progress: Path
     process: "subprocess.Popen[bytes] | None" = None
+    mates: int = 1
+    single: bool = False
     started: float = field(default_factory=time.monotonic)
 
+    @property
+    def computed(self) -> bool:
+        """Whether it waits for DVC."""
+        return self.process is None and (self.worker is None or self.worker.exitcode == 0)
+
+    @property
+    def frees(self) -> bool:
+        """Whether it takes no slot any more: its computation is a job, and over."""
+        return isinstance(self.worker, Remote) and (self.process is not None or self.worker.exitcode == 0)
+
     def poll(self) -> int | None:
-        """The exit code, or None while it runs."""
+        """The exit code, or None while it runs or waits."""
         if self.process is None:
-            if self.worker is not None and self.worker.exitcode != 0:
-                return self.worker.exitcode
-            self.process = self.collect()
-        return self.process.poll()
+            return None if self.worker is None else self.worker.exitcode or None
+        code = self.process.poll()
+        if code and self.mates > 1:  # whose fault it was is not known
+            self.process, self.single = None, True
+            return None
+        return code
 
     def signal(self, number: int) -> None:
         """Sends a signal to the process group."""
@@ -58,21 +95,32 @@ class Running:
                 os.killpg(alive.pid, number)
 
     def alive(self) -> bool:
-        """Whether a process of the stage is at work."""
+        """Whether a process of the stage is at work here."""
         if self.process is None:
-            return self.worker is not None and self.worker.exitcode is None
+            here = self.worker is not None and not isinstance(self.worker, Remote)
+            return here and self.worker.exitcode is None  # type: ignore[union-attr]
         return self.process.poll() is None
 
-    def latest(self) -> str:
-        """What the stage last said about its progress."""
-        try:
-            return self.progress.read_text(encoding="utf-8").strip()
-        except OSError:
-            return ""
+    def line(self) -> Line:
+        """What the board shows."""
+        if isinstance(self.worker, Remote):
+            handle = self.worker.handle
+            status, progress = handle.status, self.worker.progress
+            word = "collecting" if self.process else " ".join(filter(None, (status.phase, status.detail)))
+            return Line(self.name, self.started, _read(progress), word, handle.label, status.node)
+        return Line(self.name, self.started, _read(self.progress))
 
 
-class Launcher:
-    """Starts stages of one profile as processes of their own.
+def _read(progress: Path) -> str:
+    """What a stage last said about its progress."""
+    try:
+        return progress.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+class Starter:
+    """Starts stages of one profile as processes of their own, their computations where MIREPRO_LAUNCH says.
 
     Args:
         profile: Whose tier and threads the environment gets.
@@ -80,12 +128,16 @@ class Launcher:
     """
 
     def __init__(self, profile: Profile, lock: int) -> None:
-        self._root, self._lock = profile.root, lock
+        self._profile, self._root, self._lock = profile, profile.root, lock
         tier = determinism.environment(profile.tier, profile.threads)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        self._environment = os.environ | tier | {"PATH": path, "DVC_NO_ANALYTICS": "1"}
+        self._environment = os.environ | tier | {"PATH": path, "DVC_NO_ANALYTICS": "1", KEEP: "1"}
         self._folder = profile.root / ".mirepro" / "logs"
-        self._nursery = Nursery(profile, tier)
+        self._nursery = Dispatch.chosen(profile, tier) or Nursery(profile, tier)
+
+    def recorded(self, names: Iterable[str]) -> None:
+        """Removes the work that was kept until DVC's record of these stages."""
+        stages.recorded(self._profile, names)
 
     def start(self, name: str) -> Running:
         """Starts a stage in a process group of its own; its output goes to `.mirepro/logs/`."""
@@ -94,24 +146,29 @@ class Launcher:
         log, progress = base.with_name(base.name + ".log"), base.with_name(base.name + ".progress")
         progress.unlink(missing_ok=True)
         log.write_bytes(b"")
-        return Running(name, self._nursery.start(name, log, progress), partial(self._dvc, name, log), log, progress)
+        return Running(name, self._nursery.start(name, log, progress), log, progress)
 
-    def _dvc(self, name: str, log: Path) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
-        with log.open("ab") as output:
-            return subprocess.Popen(
+    def collect(self, items: Sequence[Running]) -> None:
+        """Starts DVC for computed stages, or for one whose command does everything."""
+        names = [item.name for item in items]
+        command = [sys.executable, "-m", "mirepro.launch.dvc", "--wait-for-lock", "repro", "--single-item", *names]
+        with items[0].log.open("ab") as output:
+            process = subprocess.Popen(
                 command, cwd=self._root, env=self._environment, stdout=output, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=(self._lock,),
             )  # fmt: skip
+        for item in items:
+            item.process, item.mates = process, len(items)
 
 
-def repro(profile: Profile, targets: Sequence[str], jobs: int) -> int:
+def repro(profile: Profile, targets: Sequence[str], jobs: int, keep_going: bool = False) -> int:
     """Reproduces targets and everything they need, several stages at a time.
 
     Args:
         profile: The profile that the targets belong to.
         targets: DVC targets; empty for the profile's whole pipeline.
         jobs: Stages at a time.
+        keep_going: After a failure, run everything that does not need the failed stage.
 
     Returns:
         The number of stages that ran, `code` apart.
@@ -119,45 +176,103 @@ def repro(profile: Profile, targets: Sequence[str], jobs: int) -> int:
     Raises:
         UserError: The pipeline or a target is wrong.
         StageFailed: A stage failed; those that ran beside it were allowed to finish.
+        Detached: Ctrl-C; jobs elsewhere go on.
         KeyboardInterrupt: Passed on to the running stages first.
     """
     if jobs < 1:
         raise UserError(f"--jobs: {jobs} is impossible; use 1 or more")
     with alone(profile.root) as lock, _terminable():
+        mend(profile.root, profile.pipeline)
         pipeline = Pipeline(profile.root, targets or [profile.pipeline])
-        launcher = Launcher(profile, lock)
+        starter = Starter(profile, lock)
         for name in filter(is_code, pipeline.needs):
-            _wave(launcher, Plan({name: set()}, [name], {}), 1, Board({}, 1, quiet=True))
+            Wave(starter, Plan({name: set()}, [name], {}), 1, Board({}, 1, quiet=True)).run()
         plan = pipeline.plan()
-        _wave(launcher, plan, jobs, Board(estimates(profile, plan.stale), jobs))
+        starter.recorded(set(pipeline.needs) - set(plan.stale))
+        Wave(starter, plan, jobs, Board(estimates(profile, plan.stale), jobs), keep_going).run()
         return len(plan.stale)
 
 
-def _wave(launcher: Launcher, plan: Plan, jobs: int, board: Board) -> None:
-    """Runs the plan's stale stages; the longest remaining chain goes first."""
-    waiting = dict.fromkeys(sorted(plan.stale, key=lambda name: -_ahead(plan, board.estimates)[name]))
-    running: list[Running] = []
-    failed: list[Running] = []
-    with board:
-        try:
-            while running or (waiting and not failed):
-                unfinished = waiting.keys() | {item.name for item in running}
-                ready = [name for name in waiting if plan.needs[name].isdisjoint(unfinished)]
-                for name in ready[: 0 if failed else jobs - len(running)]:
-                    del waiting[name]
-                    running.append(launcher.start(name))
-                board.show([(item.name, item.started, item.latest()) for item in running])
-                time.sleep(POLL)
-                for item, code in [(item, code) for item in running if (code := item.poll()) is not None]:
-                    running.remove(item)
-                    good = code == 0
-                    failed += [] if good else [item]
-                    board.finish(item.name, time.monotonic() - item.started, good)
-        except BaseException:
-            _stop(running)
-            raise
-    if failed:
-        raise StageFailed("\n".join(map(_complaint, failed)))
+class Wave:
+    """Runs a plan's stale stages; the longest remaining chain goes first.
+
+    Args:
+        starter: Starts a stage.
+        plan: What to run.
+        jobs: Stages at a time.
+        board: Shows it.
+        keep_going: After a failure, run everything that does not need the failed stage.
+    """
+
+    def __init__(self, starter: Starter, plan: Plan, jobs: int, board: Board, keep_going: bool = False) -> None:
+        self._starter, self._plan, self._jobs, self._board, self._keep_going = starter, plan, jobs, board, keep_going
+        ahead = _ahead(plan, board.estimates)
+        self._waiting = dict.fromkeys(sorted(plan.stale, key=lambda name: -ahead[name]))
+        self._running: list[Running] = []
+        self._failed: list[Running] = []
+        self._skipped: list[str] = []
+
+    def run(self) -> None:
+        """Runs everything; see `repro` for what it raises."""
+        with self._board:
+            try:
+                while self._running or self._waiting:
+                    self._start()
+                    self._board.show([item.line() for item in self._running])
+                    time.sleep(POLL)
+                    self._collect()
+                    self._end()
+            except BaseException as error:
+                _stop(self._running)
+                handles = [item.worker.handle for item in self._running if isinstance(item.worker, Remote)]
+                if handles and isinstance(error, KeyboardInterrupt):
+                    raise Detached(farewell(handles)) from error
+                raise
+        if self._failed:
+            skipped = [f"not run: {', '.join(self._skipped)}"] if self._skipped else []
+            raise StageFailed("\n".join([*map(_complaint, self._failed), *skipped]))
+
+    def _start(self) -> None:
+        """Starts what is ready, as far as there is room."""
+        unfinished = self._waiting.keys() | {item.name for item in self._running}
+        ready = [name for name in self._waiting if self._plan.needs[name].isdisjoint(unfinished)]
+        busy = sum(not item.frees for item in self._running)
+        for name in ready[: self._jobs - busy]:
+            del self._waiting[name]
+            self._running.append(self._starter.start(name))
+
+    def _collect(self) -> None:
+        """Hands over what waits for DVC; stages whose command computes are not held up, nor kept waiting by others."""
+        waiting = [item for item in self._running if item.computed]
+        for item in [item for item in waiting if item.worker is None]:
+            self._starter.collect([item])
+        computed = [item for item in waiting if item.worker is not None]
+        at_work = {item.process.pid for item in self._running if item.process is not None and item.worker is not None}
+        if computed and len(at_work) < COLLECTORS:
+            single = [item for item in computed if item.single]
+            self._starter.collect(single[:1] or computed)
+
+    def _end(self) -> None:
+        """Takes leave of the stages that ended; a failure takes along what needs it, or all that waits."""
+        for item, code in [(item, code) for item in self._running if (code := item.poll()) is not None]:
+            self._running.remove(item)
+            self._board.finish(item.name, time.monotonic() - item.started, code == 0)
+            if code == 0:
+                self._starter.recorded([item.name])
+            else:
+                self._failed.append(item)
+                gone = _needing(self._plan, item.name) if self._keep_going else set(self._waiting)
+                self._skipped += [name for name in self._waiting if name in gone]
+                self._waiting = {name: None for name in self._waiting if name not in gone}
+
+
+def _needing(plan: Plan, name: str) -> set[str]:
+    """All stages that need this one, through others too."""
+    found = {name}
+    for other in plan.stale:  # in an order that respects dependencies
+        if not found.isdisjoint(plan.needs[other]):
+            found.add(other)
+    return found - {name}
 
 
 def _ahead(plan: Plan, estimates: Mapping[str, float]) -> dict[str, float]:
@@ -180,8 +295,15 @@ def _stop(running: Sequence[Running]) -> None:
 
 
 def _complaint(item: Running) -> str:
-    lines = item.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join([f"{item.name} failed (exit {item.poll()}); {item.log} ends:", *lines[-TAIL:]])
+    lines = [line for line in item.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return "\n".join([f"{item.name} failed (exit {item.poll()}); {item.log} ends:", *lines[-TAIL:], *_full(item.log)])
+
+
+def _full(log: Path) -> list[str]:
+    """What a log cannot say when there is no room for it."""
+    free = shutil.disk_usage(log.parent).free
+    told = f"{log.parent}: {free // 1024} KiB of the disk are free; free some disk space and run the command again"
+    return [told] if free < SCARCE else []
 
 
 def estimates(profile: Profile, names: Sequence[str]) -> dict[str, float]:

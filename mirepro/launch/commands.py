@@ -1,0 +1,179 @@
+"""The commands `mirepro jobs` and `mirepro launch`."""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mirepro import profiles
+from mirepro.errors import UserError
+from mirepro.launch.launcher import Launcher, create, label, name
+from mirepro.launch.ledger import Attempt, Entry, Ledger, Status
+from mirepro.launch.scheduler import Unreachable
+
+jobs_app = typer.Typer(no_args_is_help=True, help="List, follow, cancel and forget the jobs of stages.")
+launch_app = typer.Typer(no_args_is_help=True, help="Check a place to run stages.")
+
+Ids = Annotated[list[str], typer.Argument(help="job ids, stages, or beginnings of fingerprints")]
+
+
+@dataclass(frozen=True)
+class Known:
+    """An entry of the ledger with the launcher of its site."""
+
+    entry: Entry
+    attempt: Attempt
+    launcher: Launcher
+
+    @property
+    def status(self) -> Status:
+        """What is known about the newest attempt; of a closed one the ledger's own word."""
+        if not self.attempt.open:
+            return Status("ended", self.attempt.state.upper(), detail=self.attempt.reason)
+        try:
+            return self.launcher.scheduler.status(self.attempt, name(self.entry.stage, self.attempt))
+        except (Unreachable, UserError) as error:
+            return Status("unreachable", detail=str(error))
+
+    @property
+    def log(self) -> Path:
+        """The newest attempt's log."""
+        return self.launcher.root / self.attempt.folder / f"{label(self.attempt.job)}_0_log.out"
+
+
+def known(root: Path) -> list[Known]:
+    """All entries that ever had a job; launchers are shared per site."""
+    from mirepro import site, stages
+
+    launchers: dict[str, Launcher] = {}
+    found = []
+    for entry in Ledger(root).entries():
+        attempts = [*entry.past, *entry.attempts]
+        if attempts:
+            if entry.site not in launchers:
+                place = site.load(root, entry.site, stages.JOBS)
+                launchers[entry.site] = Launcher(root, place, create(place))
+            found.append(Known(entry, attempts[-1], launchers[entry.site]))
+    return found
+
+
+def select(root: Path, ids: list[str]) -> list[Known]:
+    """The entries that ids name.
+
+    Raises:
+        UserError: An id that fits no job.
+    """
+    items, chosen = known(root), []
+    for wanted in ids:
+        fits = [
+            item for item in items
+            if wanted in (label(item.attempt.job), item.entry.stage)
+            or (len(wanted) >= 6 and item.entry.fingerprint.startswith(wanted))
+        ]  # fmt: skip
+        if not fits:
+            raise UserError(f"job {wanted!r}: not in the ledger; `mirepro jobs list` shows all")
+        chosen.append(max(fits, key=lambda item: item.attempt.submitted))  # ids and stages come again
+    return chosen
+
+
+@jobs_app.command("list")
+def list_jobs() -> None:
+    """Show every job of the ledger and what the scheduler says about it."""
+    rows = [("JOB", "STAGE", "SITE", "STATE", "NODE", "SUBMITTED", "ATTEMPTS", "REASON")]
+    for item in known(profiles.find_root()):
+        status, entry = item.status, item.entry
+        state = status.state or status.phase.upper()
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(item.attempt.submitted))
+        reason = entry.stopped or status.detail
+        count = str(len(entry.attempts) or 1)
+        rows.append((label(item.attempt.job), entry.stage, entry.site, state, status.node, when, count, reason))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    for row in rows:
+        print("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[-1]]).rstrip())
+
+
+@jobs_app.command()
+def logs(
+    job: Annotated[str, typer.Argument(help="a job id, a stage, or the beginning of a fingerprint")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="until the job ends")] = False,
+) -> None:
+    """Print the log of a job."""
+    item = select(profiles.find_root(), [job])[0]
+    if not follow and not item.log.is_file():
+        raise UserError(f"{item.log}: no log yet; the job is {item.status.state or item.status.phase}")
+    for text in _lines(item, follow):
+        print(text, end="", flush=True)
+
+
+def _lines(item: Known, follow: bool) -> Iterator[str]:
+    """The log's text as it grows; ends with the job."""
+    position = 0
+    while True:
+        over = not follow or not item.status.alive
+        if item.log.is_file():
+            with item.log.open("rb") as file:
+                file.seek(position)
+                text = file.read()
+            position += len(text)
+            yield text.decode(errors="replace")
+        if over:
+            return
+        time.sleep(1.0)
+
+
+@jobs_app.command()
+def cancel(ids: Ids) -> None:
+    """Stop jobs; their work stays, so that the same command can go on later."""
+    for item in select(profiles.find_root(), ids):
+        launcher, entry = item.launcher, item.entry
+        with launcher.ledger.locked(entry.fingerprint) as current:
+            last = current.last
+            if last is None or not last.open:
+                print(f"{label(item.attempt.job)} {entry.stage}: was over")
+                continue
+            note = "cancelled"
+            try:
+                launcher.scheduler.cancel(last, name(entry.stage, last))
+            except (UserError, Unreachable) as error:
+                note = f"given up, not stopped ({error})"
+            current.change(state="cancelled", reason="cancelled by `mirepro jobs cancel`")
+            current.stopped = "cancelled by `mirepro jobs cancel`"
+            launcher.ledger.save(current)
+        print(f"{label(last.job)} {entry.stage}: {note}")
+
+
+@jobs_app.command()
+def prune(
+    days: Annotated[float, typer.Option(help="keep entries younger than this")] = 7.0,
+    work: Annotated[bool, typer.Option("--work", help="also the work folders of stages that never finished")] = False,
+) -> None:
+    """Forget jobs that are over, with their logs."""
+    root, count = profiles.find_root(), 0
+    for item in known(root):
+        young = time.time() - item.attempt.submitted < 86400 * days
+        if young or (item.attempt.open and item.status.phase not in ("ended", "absent")):
+            continue
+        ledger, mark = item.launcher.ledger, item.entry.fingerprint
+        shutil.rmtree(ledger.folder / mark, ignore_errors=True)
+        ledger.path(mark).unlink(missing_ok=True)
+        (ledger.folder / f"{mark}.lock").unlink(missing_ok=True)
+        if work:
+            shutil.rmtree(root / ".mirepro" / "work" / mark, ignore_errors=True)
+        count += 1
+    print(f"{count} entries removed")
+
+
+@launch_app.command()
+def check(name: Annotated[str, typer.Argument(metavar="SITE", help="local, slurm, or a file of launch/")]) -> None:
+    """Check a site file against the cluster and run a short job of each class."""
+    from mirepro import site
+    from mirepro.launch.probe import probe
+
+    os.environ[site.VARIABLE] = name
+    for line in probe(profiles.find_root(), name):
+        print(line, flush=True)

@@ -1,0 +1,171 @@
+"""DVC with writes that survive a kill, and the repair of what plain DVC leaves when it is killed while writing.
+
+DVC truncates dvc.lock and then takes up to a second to fill it, once for every finished stage.
+`python -m mirepro.launch.dvc ARGUMENTS` is `dvc ARGUMENTS` with temporary file and rename instead. It also parses each
+YAML text once, and writes anew only the entries of dvc.lock that changed; the bytes are those of plain DVC.
+"""
+
+import io
+import json
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import psutil  # comes with DVC
+import yaml
+
+from mirepro import files
+
+HEAD = re.compile(r"^(?=  [^ ].*:$)", re.MULTILINE)  # before the line with a stage's name
+LEFTOVER = f".{'?' * 22}.tmp"  # the copy that DVC was making when it was killed or the disk was full
+RESULTS = ("metrics", "runs", "tables", "reports")  # folders into which DVC copies
+
+
+def main() -> None:
+    """DVC's command line."""
+    from dvc.cli import main as dvc
+
+    make_atomic()
+    make_quick()
+    sys.exit(dvc(sys.argv[1:]))
+
+
+def make_atomic() -> None:
+    """Lets DVC, in this process, replace its YAML files as a whole."""
+    from dvc.utils.serialize import _common
+
+    def dump(path: str, data: Any, dumper: Callable[..., Any], fs: object = None, **options: Any) -> None:
+        text = io.StringIO()
+        dumper(data, text, **options)
+        files.write_text(path, text.getvalue())
+
+    _common._dump_data = dump
+
+
+def make_quick() -> None:
+    """Spares DVC, in this process, most of its YAML (it reads params.yaml ten times for one stage) and long waits."""
+    from dvc import dvcfile, lock
+    from dvc.utils import strictyaml
+    from dvc.utils.serialize import _yaml
+
+    parse, plain = _yaml.parse_yaml, dvcfile.modify_yaml
+    parsed = lru_cache(16)(lambda text, path: pickle.dumps(parse(text, path)))
+
+    def parse_once(text: str, path: str, typ: str = "safe") -> Any:
+        return pickle.loads(parsed(text, path)) if typ == "safe" else parse(text, path, typ)
+
+    @contextmanager
+    def modify(path: str, fs: Any = None) -> Iterator[Any]:
+        text = Path(path).read_text(encoding="utf-8") if Path(path).name == "dvc.lock" and Path(path).exists() else ""
+        before = parse_once(text, path) if text else {}
+        if list(before) != ["schema", "stages"] or len(entries(text)) != len(before["stages"]):
+            with plain(path, fs=fs) as data:
+                yield data
+            return
+        data = parse_once(text, path)
+        yield data
+        files.write_text(path, spliced(text, before["stages"], data, _yaml.dumps_yaml))
+
+    lock.DEFAULT_TIMEOUT = 0.3  # a twentieth of a second between looks at the repository's lock instead of a half
+    _yaml.parse_yaml = strictyaml.parse_yaml = parse_once
+    dvcfile.modify_yaml = modify
+
+
+def spliced(text: str, before: Mapping[str, Any], data: Mapping[str, Any], dumps: Callable[[Any], str]) -> str:
+    """The text of a dvc.lock with only its changed entries written anew.
+
+    Args:
+        text: Of the lock.
+        before: Its entries.
+        data: The new content; an entry keeps its place, a new one comes last.
+        dumps: Writes a lock.
+    """
+    old = dict(zip(before, entries(text).values(), strict=True))
+    head = HEAD.split(text)[0]
+    fresh = {
+        name: old[name] if before.get(name) == entry else HEAD.split(dumps({"stages": {name: entry}}))[1]
+        for name, entry in data["stages"].items()
+    }
+    return head + "".join(fresh.values())
+
+
+def mend(root: Path, pipeline: str) -> None:
+    """Repairs or removes what a killed `dvc` left half-written; no other DVC may run meanwhile.
+
+    Entries of dvc.lock that were not written yet are taken from the last commit: DVC compares them with the files, so
+    an old one costs a repetition of its stage and nothing else.
+
+    Args:
+        root: The repository's root.
+        pipeline: The profile's dvc.yaml, relative to the root; dvc.lock lies beside it.
+    """
+    claims = root / ".dvc" / "tmp" / "rwlock"
+    if claims.is_file() and not _claimed(claims):
+        claims.unlink()  # says which process reads or writes which path; a dead one's number may be another's by now
+    for leftover in (path for folder in RESULTS for path in (root / folder).rglob(LEFTOVER)):
+        leftover.unlink(missing_ok=True)
+    lock = root / Path(pipeline).with_name("dvc.lock")
+    if not lock.is_file():
+        return
+    text = lock.read_text(encoding="utf-8", errors="replace")
+    shown = ["git", "-C", str(root), "show", f"HEAD:{lock.relative_to(root)}"]
+    committed = subprocess.run(shown, capture_output=True, text=True, check=False).stdout
+    if is_whole(text) and not (committed.startswith(text) and committed != text):
+        return
+    names = list(entries(text))
+    kept = entries(committed) | {name: entry for name, entry in entries(text).items() if name != names[-1]}
+    print(f"{lock}: half-written by a killed dvc; repaired, {len(kept)} entries kept", file=sys.stderr)
+    if kept:
+        files.write_text(lock, "schema: '2.0'\nstages:\n" + "".join(kept.values()))
+    else:
+        lock.unlink()
+
+
+def _claimed(claims: Path) -> bool:
+    """Whether a DVC that is alive claims a path."""
+    try:
+        content = json.loads(claims.read_text(encoding="utf-8"))
+        owners = [list(content.get("write", {}).values()), *content.get("read", {}).values()]
+        return any(_is_dvc(owner["pid"]) for some in owners for owner in some)
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return False
+
+
+def _is_dvc(pid: int) -> bool:
+    try:
+        return any(Path(word).name in ("dvc", __name__) for word in psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return False
+
+
+def is_whole(text: str) -> bool:
+    """Whether the text of a dvc.lock was not cut.
+
+    A cut at a line's end may still be YAML; what then lacks its end is the last entry, whose last key is `outs`. A cut
+    between two outputs, or two entries, cannot be seen here. It loses no more than it seems: DVC runs a stage whose
+    entry lacks an output, or which has none, and finds its finished work.
+    """
+    try:
+        stages = yaml.load(text, yaml.CSafeLoader)["stages"]
+        ends = all("cmd" in entry for entry in stages.values())
+        last = list(stages.values())[-1]["outs"][-1]
+    except (yaml.YAMLError, TypeError, KeyError, IndexError, AttributeError):
+        return False
+    directory = str(last.get("md5", "")).endswith(".dir")
+    return ends and text.endswith("\n") and "md5" in last and "size" in last and ("nfiles" in last or not directory)
+
+
+def entries(text: str) -> dict[str, str]:
+    """The text of every stage's entry in a dvc.lock, by its first line."""
+    parts = HEAD.split(text)[1:]
+    return {part.partition("\n")[0]: part for part in parts}
+
+
+if __name__ == "__main__":
+    main()

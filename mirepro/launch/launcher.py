@@ -1,0 +1,308 @@
+"""Runs a stage's computation as a job: attach to the one that is there, submit, wait, submit again."""
+
+import os
+import pickle
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mirepro.errors import UserError
+from mirepro.launch.ledger import Attempt, Decision, Entry, Failure, Ledger, Sight, Status, decide
+from mirepro.launch.scheduler import Local, Request, Scheduler, Unreachable, pickled
+from mirepro.launch.slurm import Slurm
+from mirepro.launch.task import Task, stamp
+from mirepro.site import Site
+
+FASTEST = 0.25  # seconds between the first looks
+
+
+class JobFailed(Exception):
+    """A stage's job failed for good; the message names the reason and the log."""
+
+
+class Detached(Exception):
+    """The command ends, its jobs go on; the message says how to come back."""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A computation to launch.
+
+    Attributes:
+        stage: Its name, such as pretrain@ir-s0.
+        kind: The class of stages that the site file has a section for.
+        fingerprint: Everything the result depends on.
+        work: Its work folder; `finished` in it is the result.
+        call: Computes it there; picklable.
+        threads: CPU threads it uses.
+    """
+
+    stage: str
+    kind: str
+    fingerprint: str
+    work: Path
+    call: Callable[[], None]
+    threads: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether the result stands in the work folder."""
+        try:
+            return "finished" in os.listdir(self.work)  # a listing is fresh on shared file systems, a look-up is not
+        except OSError:
+            return False
+
+
+class Launcher:
+    """Jobs at one site.
+
+    Args:
+        root: The repository's root.
+        site: Where the jobs run.
+        scheduler: Takes them; by default the site's.
+    """
+
+    def __init__(self, root: Path, site: Site, scheduler: Scheduler | None = None) -> None:
+        self.root, self.site = root, site
+        self.scheduler = scheduler or create(site)
+        self.ledger = Ledger(root)
+
+    def start(self, ticket: Ticket) -> "Handle":
+        """Attaches to the job of an earlier command, or begins anew; see `Handle.poll`."""
+        with self.ledger.locked(ticket.fingerprint, ticket.stage, self.site.name) as entry:
+            if entry.last is None or not entry.last.open:
+                entry.renew()
+                entry.site = self.site.name
+                self.ledger.save(entry)
+        return Handle(self, ticket)
+
+    def run(self, ticket: Ticket) -> None:
+        """Launches a computation and waits for its result.
+
+        Raises:
+            JobFailed: It failed for good.
+            Detached: Ctrl-C; the job goes on.
+        """
+        handle = self.start(ticket)
+        pause = FASTEST
+        try:
+            while not handle.poll():
+                time.sleep(pause)
+                pause = min(1.5 * pause, self.site.poll)
+        except KeyboardInterrupt as interrupt:
+            raise Detached(farewell([handle])) from interrupt
+
+
+def create(site: Site) -> Scheduler:
+    """The scheduler of a site."""
+    return Slurm(site.poll / 2) if site.executor == "slurm" else Local()
+
+
+def farewell(handles: list["Handle"]) -> str:
+    """What Ctrl-C says about the jobs that go on."""
+    jobs = [handle.label for handle in handles if handle.label]
+    if not jobs:
+        return "interrupted; nothing was submitted, the same command continues"
+    named = f"job{'s' if len(jobs) > 1 else ''} {', '.join(jobs)} continue{'' if len(jobs) > 1 else 's'}"
+    return f"detached; {named}; rerun to re-attach, `mirepro jobs cancel {' '.join(jobs)}` to stop"
+
+
+class Handle:
+    """A launched computation, looked at from time to time.
+
+    Attributes:
+        status: What the scheduler said last.
+        job: The scheduler's id of the newest attempt.
+        log: The newest attempt's log.
+        notes: What happened since the start, in the order of events.
+    """
+
+    def __init__(self, launcher: Launcher, ticket: Ticket) -> None:
+        self._launcher, self.ticket = launcher, ticket
+        self.status = Status("queued")
+        self.job, self.log = "", Path()
+        self.notes: list[str] = []
+        self._gone: tuple[str, float] | None = None
+
+    @property
+    def label(self) -> str:
+        """The job's id for people."""
+        return label(self.job)
+
+    def poll(self) -> bool:
+        """Looks once and acts; True when the result stands.
+
+        Raises:
+            JobFailed: The computation failed for good.
+            UserError: The scheduler refuses the job, or the ledger cannot be written.
+        """
+        ledger, ticket = self._launcher.ledger, self.ticket
+        with ledger.locked(ticket.fingerprint, ticket.stage, self._launcher.site.name) as entry:
+            self._adopt(entry)
+            if entry.stopped:
+                raise JobFailed(self._complaint(entry.stopped))
+            if entry.last is not None and entry.last.state == "finished":
+                return True
+            try:
+                sight = self._sight(entry.last)
+                decision = decide(entry.attempts, sight, self._launcher.site.retries)
+                self._act(entry, decision, sight)
+            except Unreachable as error:
+                self.status = Status("unreachable", detail=str(error))
+                decision = Decision("wait")
+        if decision.act == "stop":
+            raise JobFailed(self._complaint(decision.reason))
+        return decision.act == "collect"
+
+    def _adopt(self, entry: Entry) -> None:
+        """Finds the job of an attempt whose submission was cut short, or drops the attempt."""
+        last = entry.last
+        if last is not None and last.state == "submitting":
+            scheduler, folder = self._launcher.scheduler, self._launcher.root / last.folder
+            try:
+                job = scheduler.find(name(entry.stage, last), folder)
+            except Unreachable as error:
+                self.status = Status("unreachable", detail=str(error))
+                return
+            if job is None:
+                entry.attempts.pop()
+            else:
+                pickled(folder, job)
+                entry.change(state="submitted", job=job, cluster=scheduler.cluster())
+            self._launcher.ledger.save(entry)
+        self._show(entry)
+
+    def _show(self, entry: Entry) -> None:
+        last = entry.last
+        if last is not None and last.job:
+            self.job = last.job
+            self.log = self._launcher.root / last.folder / f"{label(last.job)}_0_log.out"
+
+    def _sight(self, last: Attempt | None) -> Sight:
+        """Looks at the result, then at the job's own message, then at the scheduler."""
+        if self.ticket.finished:
+            return Sight(finished=True)
+        if last is None:
+            return Sight()
+        if last.state == "submitting":
+            return Sight(status=self.status)
+        failure = outcome(self._launcher.root / last.folder, last.job)
+        known = self._launcher.scheduler.status
+        self.status = Status("ended", "FAILED") if failure else known(last, name(self.ticket.stage, last))
+        progressed = stamp(self.ticket.work) != last.stamp
+        return Sight(False, failure, self.status, self._settled(last), progressed)
+
+    def _settled(self, last: Attempt) -> bool:
+        """Whether the job has been gone for long enough."""
+        if self.status.phase not in ("ended", "absent"):
+            self._gone = None
+            return False
+        if self._gone is None or self._gone[0] != last.token:
+            self._gone = (last.token, time.monotonic())
+        return time.monotonic() - self._gone[1] >= self._launcher.site.settle
+
+    def _act(self, entry: Entry, decision: Decision, sight: Sight) -> None:
+        ledger = self._launcher.ledger
+        if decision.act == "wait":
+            return
+        if entry.last is not None:
+            if decision.act == "submit":  # whatever is left of the former job must not compute beside the next one
+                self._launcher.scheduler.cancel(entry.last, name(entry.stage, entry.last))
+            entry.change(state=decision.state, reason=decision.reason, progressed=sight.progressed)
+        if decision.act == "stop":
+            entry.stopped = decision.reason
+        if decision.act == "submit":
+            if decision.reason:
+                self.notes.append(f"{self.ticket.stage}: job {self.label}: {decision.reason}; submitted again")
+            self._submit(entry)
+        ledger.save(entry)
+
+    def _submit(self, entry: Entry) -> None:
+        """Writes down that a job is to come, submits it, and writes its id down."""
+        launcher, ticket = self._launcher, self.ticket
+        section = launcher.site.section(ticket.kind)
+        attempt = entry.begin(launcher.ledger.folder.relative_to(launcher.root) / ticket.fingerprint)
+        entry.change(stamp=stamp(ticket.work), cluster=launcher.scheduler.cluster())
+        launcher.ledger.save(entry)
+        folder = launcher.root / attempt.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        call = Task(ticket.call, ticket.work, 60.0 * section.minutes)
+        named, requeues = name(ticket.stage, attempt), launcher.site.requeues
+        request = Request(named, launcher.root, folder, call, section, requeues, ticket.threads)
+        with uninterrupted():
+            try:
+                entry.change(state="submitted", job=launcher.scheduler.submit(request))
+            except UserError:
+                entry.attempts.pop()
+                raise
+            finally:
+                launcher.ledger.save(entry)
+            self._show(entry)
+        self.status = Status("queued")
+
+    def _complaint(self, reason: str) -> str:
+        log = f"; log: {self.log}" if self.log.name else ""
+        return f"{self.ticket.stage}: job {self.label}: {reason}{log}"
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C and a polite kill back until the end, from child processes too: a submission ends in the ledger.
+
+    The mask is what children inherit; the handlers hold back what another thread of this process receives meanwhile
+    (they are the main thread's, the only one that Python interrupts).
+    """
+    held: list[int] = []
+    polite = (signal.SIGINT, signal.SIGTERM)
+    handled = polite if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.signal(number, lambda number, _: held.append(number)) for number in handled}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, polite)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for taken in held[:1]:
+            signal.raise_signal(taken)
+
+
+def name(stage: str, attempt: Attempt) -> str:
+    """A job's name; the token tells it from a later job with a reused id."""
+    return f"{stage}.{attempt.token}"
+
+
+def label(job: str) -> str:
+    """A job's id for people: of a local job the process number without its start time."""
+    return job.partition(".")[0]
+
+
+def outcome(folder: Path, job: str) -> Failure | None:
+    """What a job's processes say about a failure, the first to fail first; None where none of them failed."""
+    found = (_failure(path) for path in sorted(folder.glob(f"{label(job)}_*_result.pkl"), key=_age))
+    return next(filter(None, found), None)
+
+
+def _age(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _failure(path: Path) -> Failure | None:
+    try:
+        kind, value = pickle.loads(path.read_bytes())
+    except (OSError, EOFError, pickle.UnpicklingError):
+        return None
+    if kind == "success":
+        return None if value is None else Failure(str(value), refused=True)
+    lines = str(value).strip().splitlines()
+    if lines and "['scontrol', 'requeue'" in lines[-1]:
+        return None  # refused where Slurm is requeueing a preempted job already: the scheduler's word counts
+    return Failure(re.sub("0x[0-9a-f]+", "0x", lines[-1] if lines else "unknown error"), trace=str(value))

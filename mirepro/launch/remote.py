@@ -1,0 +1,110 @@
+"""Computations of a parallel reproduction that run as jobs; the counterpart of the nursery."""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from mirepro import stages
+from mirepro.errors import UserError
+from mirepro.launch import jobs
+from mirepro.launch.launcher import FASTEST, Handle, JobFailed, Launcher
+from mirepro.profiles import Profile
+
+TAIL = 20  # lines of a failed job's log
+
+
+class Remote:
+    """A launched computation that looks like a process.
+
+    Attributes:
+        handle: The launched computation.
+        pid: None: it has no process here.
+    """
+
+    pid = None
+
+    def __init__(self, handle: Handle, log: Path, slowest: float) -> None:
+        self.handle, self._log = handle, log
+        self._slowest, self._pause, self._next = slowest, FASTEST, 0.0
+        self._code: int | None = None
+        self._told = 0
+
+    @property
+    def progress(self) -> Path:
+        """Where the job says how far it is."""
+        return self.handle.ticket.work / "progress"
+
+    @property
+    def done(self) -> bool:
+        """Whether its end is known."""
+        return self._code is not None
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while the job waits or runs; looks at it less and less often."""
+        now = time.monotonic()
+        if self._code is None and now >= self._next:
+            self._pause = min(1.5 * self._pause, self._slowest)
+            self._next = now + self._pause
+            self._look()
+        return self._code
+
+    def _look(self) -> None:
+        try:
+            self._code = 0 if self.handle.poll() else None
+        except (JobFailed, UserError) as error:
+            self._code = 1
+            self._write(f"{error}\n{tail(self.handle.log)}")
+        for note in self.handle.notes[self._told :]:
+            self._write(note)
+        self._told = len(self.handle.notes)
+
+    def _write(self, text: str) -> None:
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(f"mirepro: {text}\n")
+
+
+class Dispatch:
+    """Launches computations of one profile's stages; see `Nursery`, which starts them here."""
+
+    def __init__(self, profile: Profile, launcher: Launcher) -> None:
+        self._profile, self._launcher = profile, launcher
+
+    @classmethod
+    def chosen(cls, profile: Profile, environment: Mapping[str, str]) -> "Dispatch | None":
+        """Jobs where MIREPRO_LAUNCH says; None for `inline`.
+
+        Args:
+            profile: Whose stages.
+            environment: The tier's variables, which jobs inherit.
+        """
+        launcher = jobs.chosen(profile.root)
+        if launcher is None:
+            return None
+        os.environ.update(environment)
+        return cls(profile, launcher)
+
+    def start(self, address: str, log: Path, report: Path) -> Remote | None:
+        """Launches a stage's computation; None for a stage that computes nothing heavy, or nothing new.
+
+        Args:
+            address: DVC's address of the stage.
+            log: File for what happens to the job.
+            report: Not used: the job writes its progress into its work folder.
+        """
+        kind, _, key = address.rpartition(":")[2].partition("@")
+        if kind not in stages.JOBS:
+            return None
+        ticket = jobs.ticket(self._profile, kind, key or None)
+        if ticket is None:
+            return None
+        return Remote(self._launcher.start(ticket), log, self._launcher.site.poll)
+
+
+def tail(log: Path) -> str:
+    """The end of a job's log, or nothing."""
+    try:
+        return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:])
+    except OSError:
+        return ""

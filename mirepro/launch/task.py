@@ -1,0 +1,92 @@
+"""What a job runs: a stage's computation that knows how to go on after a signal."""
+
+import hashlib
+import os
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mirepro import progress
+from mirepro.errors import UserError
+from mirepro.launch.container import die_with_client
+
+MARK = "requeue"  # file in a job's folder
+BARREN = 3
+"""Runs up to the time limit that may leave no newer checkpoint before the job gives up."""
+
+
+def stamp(work: Path) -> str:
+    """Changes with every new checkpoint in a work folder."""
+    found = (path for path in (work / "state").rglob("*") if path.is_file())
+    seen = [(str(path), stat.st_mtime_ns, stat.st_size) for path in sorted(found) if (stat := _stat(path))]
+    return hashlib.sha256(repr(seen).encode()).hexdigest()
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    """None for a file that was renamed meanwhile."""
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+class Task:
+    """Computes a stage inside a job; submitit calls it, and `checkpoint` before it requeues the job.
+
+    The computation keeps its own checkpoints, so that a job killed without any signal resumes too; `checkpoint` only
+    sees to it that a job whose time limit is too short for one checkpoint ends with a message.
+
+    Args:
+        call: Computes the stage, or resumes it.
+        work: The stage's work folder.
+        seconds: Time limit of one run.
+    """
+
+    def __init__(self, call: Callable[[], None], work: Path, seconds: float) -> None:
+        self.call, self.work, self.seconds = call, work, seconds
+        self.barren = 0
+        self._started, self._found = 0.0, ""
+
+    def __call__(self) -> str | None:
+        """Returns None, or in one line what was refused; other errors are submitit's to report."""
+        self._started, self._found = time.monotonic(), stamp(self.work)
+        self.work.mkdir(parents=True, exist_ok=True)
+        os.environ[progress.REPORT] = str(self.work / "progress")
+        _substitute_scontrol()
+        die_with_client()
+        try:
+            self.call()
+        except UserError as error:
+            return str(error)
+        return None
+
+    def checkpoint(self) -> object:
+        """The submission that goes on; raises where going on is pointless."""
+        from submitit.helpers import DelayedSubmission
+
+        timed_out = time.monotonic() - self._started > 0.5 * self.seconds
+        progressed = stamp(self.work) != self._found
+        self.barren = 0 if progressed else self.barren + timed_out
+        if self.barren >= BARREN:
+            raise RuntimeError(f"{self.barren} runs reached the time limit without a new checkpoint; raise `time`")
+        return DelayedSubmission(self)
+
+
+def requeue_lines(folder: Path) -> list[str]:
+    """Shell lines after a containerised job: requeue it where `_substitute_scontrol` asked for that; else its code."""
+    mark = shlex.quote(str(folder / MARK))
+    return ["code=$?", f"if [ -e {mark} ]; then rm {mark}; scontrol requeue $SLURM_JOB_ID; fi", "exit $code"]
+
+
+def _substitute_scontrol() -> None:
+    """Inside an image without Slurm's commands: a `scontrol` that leaves a mark for the batch script outside."""
+    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or shutil.which("scontrol"):
+        return
+    folder = Path(os.environ["SUBMITIT_FOLDER"])
+    substitute = Path(tempfile.mkdtemp()) / "scontrol"
+    substitute.write_text(f"#!/bin/sh\n: > {shlex.quote(str(folder / MARK))}\n")
+    substitute.chmod(0o755)
+    os.environ["PATH"] = f"{substitute.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
