@@ -1,0 +1,314 @@
+"""The audit as a whole: source -> checks -> recomputation -> re-runs -> verdicts -> report, signed."""
+
+import hashlib
+import importlib.metadata
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mirepro import determinism, environment, files
+from mirepro.audit import (
+    cells,
+    evidence,
+    integrity,
+    policy,
+    recompute,
+    release,
+    relock,
+    rerun,
+    safe,
+    sandbox,
+    source,
+    verdicts,
+)  # fmt: skip
+from mirepro.audit.evidence import Gathered
+from mirepro.audit.integrity import FAIL, PASS, UNKNOWN, Audited, Check
+from mirepro.audit.sandbox import OWN, Sandbox
+from mirepro.errors import UserError
+from mirepro.report import claims
+
+SCHEMA = "mirepro.audit/1"
+REPRODUCED, DIVERGED, INCONCLUSIVE = "REPRODUCED", "DIVERGED", "INCONCLUSIVE"
+EXITS = {REPRODUCED: 0, DIVERGED: 1, INCONCLUSIVE: 2}
+BLIND = (
+    "A publisher who chose seeds, data or claims after seeing results is not found by repeating the same runs; fresh "
+    "seeds (--seeds) and the policy's date in git are the remedies.",
+    "Where the audited code is not this installation's, a result could be remembered by the code instead of computed; "
+    "the report says which stages ran whose code.",
+    "Digests in dvc.lock are md5, for which collisions can be made; sha256 of every file stands in the signed report.",
+    "Test data that were used for choices cannot be seen in the files.",
+)
+"""What a malicious publisher could still do; part of every report."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the auditor asked for; see `mirepro audit --help`."""
+
+    source: str
+    out: Path
+    level: int = 1
+    select: tuple[str, ...] = ()
+    profile: str = "desk"
+    policy: Path | None = None
+    publisher_key: Path | None = None
+    remote: Path | str | None = None
+    seeds: int = 0
+    jobs: int = 1
+    trust_code: bool = False
+
+
+def default_out(source: str) -> Path:
+    """Where the report goes: `audit-report` here, or beside the audited folder where here is inside it."""
+    folder = Path(source).resolve()
+    inside = folder.is_dir() and Path.cwd().is_relative_to(folder)
+    return Path(os.path.relpath(folder.parent)) / "audit-report" if inside else Path("audit-report")
+
+
+def check_options(options: Options) -> None:
+    """Refuses what cannot be done, before anything is copied.
+
+    Raises:
+        UserError: Names the option.
+    """
+    if options.level not in (0, 1, 2, 3):
+        raise UserError(f"--level: {options.level} is unknown; known: 0 verify, 1 tables, 2 evaluate, 3 retrain")
+    if options.seeds and (options.level < 3 or options.seeds < 2):
+        raise UserError(f"--seeds: {options.seeds}; at least 2 fresh seeds, with --level 3")
+    if options.jobs < 1:
+        raise UserError(f"--jobs: {options.jobs} is impossible; use 1 or more")
+    folder, out = Path(options.source), options.out.resolve()
+    if folder.is_dir() and out.is_relative_to(folder.resolve()):
+        raise UserError(f"{options.out}: lies in the audited folder, which is never touched; choose another -o")
+    if out.exists() and any(out.iterdir()) and not (out / "report.json").is_file() and not (out / "work").is_dir():
+        raise UserError(f"{options.out}: is not empty and holds no audit; choose another -o")
+
+
+def audit(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Audits a source and returns the report's content; the work folder `<out>/work` goes when it is complete.
+
+    Raises:
+        UserError: The source or the policy cannot be read, or is hostile.
+    """
+    check_options(options)
+    work = options.out.resolve() / "work"  # stages run in other folders
+    copy = work / "copy"
+    for stale in work.glob("copy*"):
+        shutil.rmtree(stale)
+    copy.mkdir(parents=True, exist_ok=True)
+    taken = source.take(options.source, copy)
+    say(f"copied {taken.facts['location']}, commit {(taken.facts['commit'] or 'none')[:12]}")
+    committed_locks = integrity.locks(copy, options.profile)
+    remote = None if options.remote is None else release.receive(options.remote, _fresh_folder(work / "remote"))
+    audited = _open(options, copy, remote)
+    loaded = load_policy(options, taken)
+    checks = [_policy_committed(options, taken, loaded), release.check(audited, options.publisher_key, remote)]
+    checks += [*integrity.checks(audited, OWN, committed_locks), relock.check(audited)]
+    facts = {"source": taken.facts | {"sha256": tree_digest(audited)}, "policy": policy.plain(loaded)}
+    gathered = None
+    controls: list[dict[str, Any]] = []
+    if options.level:
+        gathered, controls = _gather(options, audited, loaded, checks, work, say)
+    report = assemble(options, audited, facts, checks, gathered, controls, work)
+    shutil.rmtree(work)
+    return report
+
+
+def _open(options: Options, copy: Path, remote: Path | None) -> Audited:
+    audited = integrity.open_copy(copy, options.profile)
+    if remote is not None:
+        wanted = {path: md5 for path, md5 in audited.outputs().items() if audited.md5(path) is None}
+        source.fetch(copy, remote, wanted.items())
+    integrity.receipts(copy, audited.profile)
+    return Audited(copy, source.inventory(copy), audited.profile, audited.lock)
+
+
+def load_policy(options: Options, taken: source.Source) -> policy.Loaded:
+    """The auditor's policy, else the source's, else `exact` throughout.
+
+    Raises:
+        UserError: It is malformed.
+    """
+    if options.policy is not None:
+        return policy.load(options.policy, "the auditor's --policy")
+    path = taken.copy / "audit.yaml"
+    return policy.load(path if path.exists() else None, "audit.yaml of the source")
+
+
+def _policy_committed(options: Options, taken: source.Source, loaded: policy.Loaded) -> Check:
+    if options.policy is not None or loaded.sha256 is None:
+        return Check("policy", PASS, loaded.origin)
+    changed = taken.facts["changed"]
+    if changed is None:
+        return Check("policy", UNKNOWN, "the source is no git checkout; when its policy was declared is not known")
+    if "audit.yaml" in changed:
+        return Check("policy", FAIL, "audit.yaml is not the committed one", ["audit.yaml was changed after the commit"])
+    return Check("policy", PASS, "audit.yaml is the committed one")
+
+
+def tree_digest(audited: Audited) -> str:
+    """One digest of all copied files."""
+    lines = "".join(f"{name} {item.sha256}\n" for name, item in sorted(audited.found.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def committed_key(audited: Audited) -> dict[str, str]:
+    """Versions that the audited requirements.lock pins, for the determinism key; empty where it has none."""
+    path = audited.copy / "requirements.lock"
+    text = safe.regular(path, safe.JSON_BYTES).decode(errors="replace") if path.is_file() else ""
+    pinned = dict(re.findall(r"^([a-z0-9-]+)==([^\s;\\]+)", text, re.MULTILINE))
+    names = determinism.key(audited.profile.tier, audited.profile.threads)["versions"]
+    return {name: pinned[name] for name in names if name in pinned}
+
+
+def _gather(
+    options: Options, audited: Audited, loaded: policy.Loaded, checks: list[Check], work: Path,
+    say: Callable[[str], None],
+) -> tuple[Gathered, list[dict[str, Any]]]:  # fmt: skip
+    """Levels 1 to 3."""
+    walls = sandbox.find(options.trust_code)
+    say("level 1: tables, claims and report from the committed metrics")
+    box = _fresh_folder(work / "tables")
+    found = recompute.recompute(audited, box, walls)
+    checks += found.checks
+    committed = _committed(audited)
+    key = determinism.key(audited.profile.tier, audited.profile.threads)
+    promised = committed_key(audited) == key["versions"] and audited.profile.tier == "portable"
+    gathered = Gathered(audited, committed, found, loaded.policy, promised, options.level)
+    published = {cell.address: cell.values for cell in committed}
+    policy.refuse(policy.check(loaded.policy, published, options.seeds or None), loaded.origin)
+    controls = [] if found.missing else [recompute.control(audited, _fresh_folder(work / "control"))]
+    if options.level >= 2:
+        controls += _again(options, gathered, walls, work, say)
+    return gathered, controls
+
+
+def _committed(audited: Audited) -> list[cells.Cell]:
+    """The committed cells; without their runs where metrics are missing."""
+    made = cells.read(audited.copy / "tables" / audited.name)
+    try:
+        return cells.collect(audited.copy, audited.profile, made)
+    except (UserError, KeyError, TypeError, AttributeError):
+        return [cells.Cell(address, content, ()) for address, content in cells.contents(made).items()]
+
+
+def _fresh_folder(path: Path) -> Path:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def _again(
+    options: Options, gathered: Gathered, walls: Sandbox, work: Path, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Re-runs the chosen stages in a box that survives a kill, and the negative control."""
+    audited, level = gathered.audited, options.level
+    chosen = rerun.plan(audited.profile, gathered.committed, level, options.select, options.seeds)
+    missing = {stage: rerun.missing(audited, stage, level) for stage in chosen.stages}
+    gathered.missing = {stage: words for stage, words in missing.items() if words}
+    chosen.chains = [chain for chain in chosen.chains if not any(stage in gathered.missing for stage in chain)]
+    gathered.plan = chosen
+    same = integrity.same_code(audited.copy, OWN, audited.profile)
+    place = _place(options, audited, work)
+    profile = rerun.prepare(audited, place / "box", chosen, level, same)
+    runner = rerun.Runner(audited, place / "box", profile, walls, same, place / "done", say)
+    say(f"level {level}: {len(chosen.stages)} stages; sandbox: {walls.kind}")
+    runner.data(audited.profile.values["datasets"])
+    gathered.reruns = runner.run(chosen, options.jobs)
+    evidence.merge(gathered, place / "box", _fresh_folder(work / "merged"))
+    seen = rerun.control(audited, _fresh_folder(work / "control"), chosen, level, runner)
+    return [] if seen is None else [seen]
+
+
+def _place(options: Options, audited: Audited, work: Path) -> Path:
+    """The folder of re-runs for exactly these inputs; those of other inputs are dropped."""
+    inputs = [tree_digest(audited), own_digest(), options.level, options.profile, options.seeds, options.trust_code]
+    name = hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
+    for other in work.glob("again-*"):
+        if other.name != f"again-{name}":
+            shutil.rmtree(other)
+    place = work / f"again-{name}"
+    (place / "box").mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def own_digest() -> str:
+    """A digest of the judge's own package."""
+    kinds = (".py", ".json", ".yaml", ".j2", ".css")
+    names = sorted(path for path in (OWN / "mirepro").rglob("*") if path.suffix in kinds)
+    lines = "".join(f"{path.relative_to(OWN)} {files.sha256(path)}\n" for path in names)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def assemble(
+    options: Options, audited: Audited, facts: Mapping[str, Any], checks: Sequence[Check], gathered: Gathered | None,
+    controls: Sequence[Mapping[str, Any]], work: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """The content of report.json."""
+    judged = evidence.judge(gathered) if gathered else []
+    overall, why = conclude(options.level, checks, judged, controls)
+    tier, threads = audited.profile.tier, audited.profile.threads
+    key = determinism.key(tier, threads)
+    return {
+        "schema": SCHEMA, "verdict": overall, "why": why, "exit_code": EXITS[overall],
+        "level": options.level, "profile": audited.name, "select": list(options.select), "seeds": options.seeds,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts,
+        "judge": {
+            "version": importlib.metadata.version("mirepro"), "sha256": own_digest(),
+            "sandbox": sandbox.find(options.trust_code).words() if options.level >= 2 else "nothing was re-run",
+        },
+        "environment": {name: str(value) for name, value in environment.environment(OWN).items()},
+        "key": {"here": key, "pinned": committed_key(audited), "same": bool(gathered and gathered.same_key)},
+        "counts": {name: sum(cell["verdict"] == name for cell in judged) for name in verdicts.LADDER},
+        "checks": [asdict(check) for check in checks], "cells": judged,
+        "claims": judge_claims(audited, gathered, work) if gathered else [],
+        "stages": [asdict(result) for _, result in sorted(gathered.reruns.items())] if gathered else [],
+        "controls": list(controls), "limits": list(BLIND),
+        "materials": {name: item.sha256 for name, item in sorted(audited.found.items())},
+    }  # fmt: skip
+
+
+def conclude(
+    level: int, checks: Sequence[Check], judged: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]]
+) -> tuple[str, str]:
+    """The overall verdict and its reason: a failed check or a diverged cell is worse than anything undecided."""
+    failed = [check.name for check in checks if check.status == FAIL]
+    names = [cell["verdict"] for cell in judged]
+    if failed or verdicts.DIVERGED in names:
+        parts = [f"failed checks: {', '.join(failed)}"] if failed else []
+        count = names.count(verdicts.DIVERGED)
+        return DIVERGED, "; ".join(parts + ([f"{count} of {len(names)} cells diverged"] if count else []))
+    if not all(control["differs"] for control in controls):
+        return INCONCLUSIVE, "a negative control did not differ, so equality shows nothing"
+    open_ones = [name for name in names if name in (verdicts.INCONCLUSIVE, verdicts.MISSING, verdicts.FAILED)]
+    if open_ones:
+        return INCONCLUSIVE, f"{len(open_ones)} of {len(names)} cells are {', '.join(dict.fromkeys(open_ones)).lower()}"
+    absent = [check.name for check in checks if check.status == UNKNOWN and check.name in ("inputs", "outputs")]
+    if not level and absent:
+        return INCONCLUSIVE, f"{' and '.join(absent)} are not complete, so their digests could not be compared"
+    if not names:
+        return REPRODUCED, "everything there fits together"
+    again = sum(cell["level"] > 1 for cell in judged)
+    return REPRODUCED, f"all {len(names)} cells" + (f", {again} of them by re-runs" if level > 1 else " recomputed")
+
+
+def judge_claims(audited: Audited, gathered: Gathered, work: Path) -> list[dict[str, Any]]:
+    """The ordinal claims from committed and re-run metrics, beside the committed verdicts."""
+    file = gathered.policy.claims or claims.load()
+    path = audited.copy / "tables" / audited.name / "claims.json"
+    before: dict[str, Any] = {}
+    if path.is_file():
+        listed = safe.read_json(path).get("claims", [])
+        before = {str(item.get("text")): item.get("verdict") for item in listed if isinstance(item, dict)}
+    root = work / "merged" if gathered.reruns else work / "tables"
+    try:
+        judged = recompute.judge_claims(root, audited.profile, file)
+    except (UserError, KeyError, TypeError, AttributeError, ValueError):
+        return []
+    kept = ("id", "text", "column", "n", "difference", "p_holm", "verdict")
+    return [{name: item[name] for name in kept} | {"committed": before.get(item["text"])} for item in judged]
