@@ -121,20 +121,25 @@ def _pairs(better: list[metrics.Record], than: list[metrics.Record], column: str
 
 
 def _bootstrap(root: Path, profile: str, pairs: list[Pair], claim: Claim) -> tuple[float, float] | None:
-    if claim.table != "T1" or not pairs or pairs[0][1].seed is None:
+    if claim.table != "T1" or not pairs:
         return None
-    better = [_correct(root, profile, item.run, claim.column) for item, _, _, _ in pairs]
-    worse = [_correct(root, profile, other.run, claim.column) for _, other, _, _ in pairs]
+    better = [_correct(root, profile, item, claim.column) for item, _, _, _ in pairs]
+    worse = [_correct(root, profile, other, claim.column) for _, other, _, _ in pairs]
     known = [answers for answers in better + worse if answers is not None]
     if len(known) < 2 * len(pairs):
         return None
+    if len({len(answers) for answers in known}) > 1:
+        raise UserError(f"claim {claim.id}: its rows were tested on different numbers of images; evaluate both again")
     return statistics.bootstrap(np.stack(known[: len(pairs)]), np.stack(known[len(pairs) :]))
 
 
-def _correct(root: Path, profile: str, run: str, column: str) -> NDArray[np.bool_] | None:
-    """`(N,)` which test images a run got right; None when this column's answers are not recorded."""
-    path = root / "runs" / profile / "evaluate" / run / "test.json"
-    answers = files.read_json(path)
+def _correct(root: Path, profile: str, item: metrics.Record, column: str) -> NDArray[np.bool_] | None:
+    """`(N,)` which test images a run or control got right; None when this column's answers are not recorded."""
+    if item.seed is None:
+        path, answers = metrics.controls_path(root, profile), item.answers
+    else:
+        path = root / "runs" / profile / "evaluate" / item.run / "test.json"
+        answers = files.read_json(path)
     if column not in answers:
         return None
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(answers[column]), np.uint8))

@@ -1,7 +1,7 @@
 """Reads what the stages measured: `metrics/<profile>/...`, one record for each run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,21 @@ from mirepro.errors import UserError
 
 SCHEMA = "mirepro.metrics/1"
 CONTROLS = ("colour", "area_position", "pixels", "hog")
-MODELS = {"T2": "mask", "T3": "mask", "T4": "keypoint"}
+MODELS = {"T2": "mask", "T3": "mask", "T4": "keypoint", "T8": "voc", "T9": "lvis", "T10": "lvis"}
+"""End of the names of the detection runs that a table reads: the model, or the data set where it is not COCO."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One run: its seed (None for a control without randomness) and its cells {name: {value, unit, protocol}}."""
+    """One run: its seed (None for a control without randomness) and its cells {name: {value, unit, protocol}}.
+
+    A control brings the answers along that a run keeps in its test.json.
+    """
 
     run: str
     seed: int | None
     cells: Mapping[str, Mapping[str, Any]]
+    answers: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -37,8 +42,8 @@ def read(path: Path) -> dict[str, Any]:
 def record(root: Path, profile: str, table: str, run: str) -> Record:
     """All cells that a run contributes to a table.
 
-    T2..T4 read the detection model's file, every other table joins evaluation and pretraining (rows without
-    pretraining, such as a random encoder, may have no pretraining file).
+    A detection table reads the run's file of its model or data set, every other table joins evaluation and pretraining
+    (rows without pretraining, such as a random encoder, may have no pretraining file).
     """
     folder = root / "metrics" / profile
     if table in MODELS:
@@ -52,12 +57,20 @@ def record(root: Path, profile: str, table: str, run: str) -> Record:
 
 def controls(root: Path, profile: str) -> dict[str, Record]:
     """The control rows in their fixed order; empty when the profile has none."""
-    path = root / "metrics" / profile / "controls.json"
+    path = controls_path(root, profile)
     if not path.exists():
         return {}
     rows = read(path)["rows"]
     names = [name for name in CONTROLS if name in rows] + sorted(set(rows) - set(CONTROLS))
-    return {name: Record(name, None, rows[name].get("cells", rows[name])) for name in names}
+    return {
+        name: Record(name, None, rows[name].get("cells", rows[name]), (rows[name].get("answers") or [{}])[0])
+        for name in names
+    }
+
+
+def controls_path(root: Path, profile: str) -> Path:
+    """Where the controls' metrics stand."""
+    return root / "metrics" / profile / "controls.json"
 
 
 def records(root: Path, profile: str, layout: Mapping[str, Any], table: str) -> dict[str, list[Record]]:

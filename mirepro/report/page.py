@@ -17,6 +17,9 @@ EXPLANATIONS = {
     "T5": "The exact value is known here, so the bias of every estimator can be read off. A ring may exceed it.",
     "T6": "One run for each setting: where negatives come from. Nothing here supports a claim.",
     "T7": "One run for each setting: which augmentations are on. Nothing here supports a claim.",
+    "T8": "COCO's evaluation; objects marked difficult are ignored.",
+    "T9": "Federated evaluation: a category counts where it was looked for; r, c, f: rare, common, frequent.",
+    "T10": "The same models as the boxes.",
 }
 MARKS = {
     "no ordering": ("*", "fewer than five seeds: no ordering claim"),

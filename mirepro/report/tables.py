@@ -1,6 +1,5 @@
 """metrics/<profile> -> tables/<profile>/T1..T7.{json,md} and the verdicts on the claims."""
 
-import csv
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -8,10 +7,11 @@ from typing import Any
 
 from mirepro import files
 from mirepro.errors import UserError
-from mirepro.report import claims, metrics, statistics, text
+from mirepro.metrics import BY_FORM
+from mirepro.report import claims, metrics, published, statistics, text
+from mirepro.report.published import Published
 
 Table = dict[str, Any]
-Published = dict[tuple[str, str], float]
 
 TITLES = {
     "T1": "Linear evaluation and nearest neighbours",
@@ -21,6 +21,9 @@ TITLES = {
     "T5": "Mutual information on the Gaussian toy",
     "T6": "Negatives",
     "T7": "Views",
+    "T8": "Boxes on PASCAL VOC (torchvision recipe)",
+    "T9": "Boxes on LVIS (torchvision recipe)",
+    "T10": "Instance masks on LVIS (torchvision recipe)",
 }
 ACCURACY = ("linear_flat", "linear_pool", "linear_author_flat", "linear_author_pool",
             "knn_1", "knn_5", "knn_20", "knn_200")  # fmt: skip
@@ -35,10 +38,10 @@ COLUMNS = {
     "T6": ("linear_flat", "linear_pool", "knn_1", "knn_200", *REGION),
     "T7": ("linear_flat", "linear_pool", "knn_1", "knn_200", "estimate", "cap", "nce_at_equal_f", "mi_views"),
 }
-TASKS = {"T2": "box", "T3": "mask", "T4": "keypoint"}
+TASKS = {"T2": "box", "T3": "mask", "T4": "keypoint", "T8": "box", "T9": "box", "T10": "mask"}
 VARIANTS = ("tuned", "fixed", "long", "frozen")
-STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR20", "AR100", "AR", "AR50", "AR75",
-              "ARs", "ARm", "ARl")  # fmt: skip
+STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR1", "AR10", "AR20", "AR100",
+              "AR300", "AR", "AR50", "AR75", "ARs", "ARm", "ARl")  # fmt: skip
 FEW_SEEDS = {1: "n = 1: supports no claim"}
 
 
@@ -53,10 +56,10 @@ def build(root: Path, profile: str, layout: Mapping[str, Any]) -> None:
     Raises:
         UserError: A metrics file is missing or broken, or the layout has another shape.
     """
-    published = read_published(find(root, f"published/{profile}.csv"))
+    values = published.read(find(root, f"published/{profile}.csv"))
     folder = root / "tables" / profile
     for name in TITLES:
-        table = make(root, profile, layout, name, published)
+        table = make(root, profile, layout, name, values)
         if table is not None:
             check(table)
             files.write_json(folder / f"{name}.json", table)
@@ -72,7 +75,7 @@ def find(root: Path, name: str) -> Path:
     return root / name if (root / name).exists() else Path(__file__).resolve().parents[2] / name
 
 
-def make(root: Path, profile: str, layout: Mapping[str, Any], name: str, published: Published) -> Table | None:
+def make(root: Path, profile: str, layout: Mapping[str, Any], name: str, values: Published) -> Table | None:
     """One table; None when it is not part of the profile."""
     if name == "T5":
         path = root / "metrics" / profile / "toy.json"
@@ -85,7 +88,7 @@ def make(root: Path, profile: str, layout: Mapping[str, Any], name: str, publish
         {
             "row": row,
             "note": note(items),
-            "cells": {column: cell(items, column, published.get((row, column))) for column in columns},
+            "cells": {column: cell(items, column, values.get((row, published_as(name, column)))) for column in columns},
         }
         for row, items in records.items()
     ]
@@ -149,7 +152,9 @@ def toy(content: Mapping[str, Any]) -> Table:
             "se": entry(case.get("se"), None, count, "nats", "standard error of the estimate over independent banks"),
             "bias": entry(case.get("bias"), None, count, "nats", "estimate - mi"),
             "sd": entry(case.get("sd"), None, count, "nats", "standard deviation over redraws, averaged over anchors"),
-            "certified": entry(
+            "certified": entry(None, None, count, BY_FORM, "a bound by its form needs no certificate")
+            if case.get("bound")
+            else entry(
                 None if verdict is None else float(verdict), None, count, "yes/no", "estimate + 3 se <= log N - CE_full"
             ),
         }
@@ -179,20 +184,20 @@ def check(table: Table) -> None:
             raise UserError(f"table {table['table']}: row {row['row']}: its cells are not the table's columns")
 
 
-def read_published(path: Path) -> Published:
-    """Values of the papers by (row, column); an empty value means "not transcribed" and is left out.
+def places(layout: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Row -> columns under which published values may stand (see `published_as`)."""
+    found: dict[str, set[str]] = {}
+    for name in TITLES:
+        detected = [f"{TASKS[name]}_{item}_{variant}" for item in STATISTICS for variant in VARIANTS if name in TASKS]
+        columns = {published_as(name, column) for column in COLUMNS.get(name, detected)}
+        for row in metrics.rows_of(layout, name):
+            found.setdefault(row, set()).update(columns)
+    return found
 
-    Raises:
-        UserError: A column is missing or a value is no number.
-    """
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = list(csv.DictReader(file))
-    try:
-        return {(line["row"], line["column"]): float(line["value"]) for line in lines if line["value"].strip()}
-    except (KeyError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: bad line ({error}); columns row, column, value with a number or nothing") from error
+
+def published_as(table: str, column: str) -> str:
+    """How a column is called in published/*.csv: other data sets than COCO repeat its columns."""
+    return f"{table}.{column}" if table in ("T8", "T9", "T10") else column
 
 
 def markdown(table: Table) -> str:

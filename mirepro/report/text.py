@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mirepro.metrics import BY_FORM
+from mirepro.report.metrics import MODELS
+
 ABSENT = "n/a"
 NAMES = {
     "linear_flat": "linear, flattened",
@@ -41,7 +44,7 @@ GROUPS = {
 def groups(table: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """The table's columns in portions that fit a page, each with a heading (empty for a single one)."""
     columns, name = list(table["columns"]), table["table"]
-    if name in ("T2", "T3", "T4"):
+    if name in MODELS:
         main = [column for column in columns if _statistic(column) in ("AP", "AP50", "AP75")]
         rest = [column for column in columns if column not in main]
         return [("Average precision", main), *([("All other COCO numbers", rest)] if rest else [])]
@@ -68,6 +71,8 @@ def heading(column: str, table: Mapping[str, Any]) -> str:
 
 def number(value: float | None, unit: str = "", column: str = "") -> str:
     """A number as the tables show it; None is n/a."""
+    if unit == BY_FORM:
+        return BY_FORM
     if value is None:
         return ABSENT
     if unit == "yes/no":
