@@ -1,15 +1,22 @@
 """The portable tier's variables before numpy or torch are imported; slow tests after the fast ones."""
 
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from audited import Project
 
 ROOT = Path(__file__).resolve().parent.parent
 for line in (ROOT / "portable.env").read_text().splitlines():
     name, value = line.split("=", 1)
     os.environ[name] = value
+# A shell's background job ignores Ctrl-C, and so would all that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 assert "torch" not in sys.modules, "torch was imported before the portable tier's variables were set"
 
 
@@ -22,3 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def root() -> Path:
     """The repository's root."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def project(root: Path, tmp_path_factory: pytest.TempPathFactory) -> "Project":
+    """A published result with made-up numbers; tests work on copies."""
+    from audited import Project
+
+    return Project(root, tmp_path_factory.mktemp("published"))

@@ -43,7 +43,7 @@ def controls(params: EvaluateParams, data_folder):
     "transfer/detection.py": """
 from mirepro.params import DetectParams
 
-def detect(run, row, seed, model, params: DetectParams, pretrained, data_folder, work, out):
+def detect(run, row, seed, model, params: DetectParams, pretrained, data_folder, work, out, fingerprint):
     (out / "detections.json").write_text((pretrained / "encoder.safetensors").read_text())
     return {"run": run, "model": model}
 """,
@@ -61,6 +61,7 @@ def build(name, folder):
     (folder / "shards" / "0.tar").write_text(name)
 """,
     "data/shards.py": "",
+    "preflight.py": "def check(profile):\n    pass\n",
     "report/tables.py": """
 from mirepro import files
 
@@ -91,10 +92,10 @@ runs:
   ball-s0: {row: ball, objective: ball, seed: 0}
   ring-s0: {row: ring, objective: ring, seed: 0}
 evaluate: {data: desk}
-detect: {data: scenes}
+detect: {}
 toy: {}
 detect_runs:
-  ring-s0-mask: {run: ring-s0, row: ring, seed: 0, model: mask}
+  ring-s0-mask: {run: ring-s0, row: ring, seed: 0, model: mask, data: scenes}
 tables:
   T1: {rows: {ball: [ball-s0], ring: [ring-s0]}}
 """

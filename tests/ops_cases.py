@@ -27,7 +27,7 @@ def unit(n: int, d: int, seed: int) -> NDArray[np.float32]:
 
 
 def outputs(device: str = "cpu") -> dict[str, list[Tensor]]:
-    """The outputs of every operator, gradients included, on one fixed problem."""
+    """The outputs of every operator on the bank, gradients included, on one fixed problem."""
     z = torch.from_numpy(unit(37, 19, 1)).to(device).requires_grad_()
     bank, own = torch.from_numpy(unit(2000, 19, 2)).to(device), torch.arange(37, device=device) * 5
     labels = torch.from_numpy(rng.mulhi(rng.words(3, 1, 0, np.arange(3), 2000), 12)).to(device)
@@ -52,16 +52,35 @@ def outputs(device: str = "cpu") -> dict[str, list[Tensor]]:
     }
 
 
+def views() -> list[Tensor]:
+    """Views of 12 images in all orders of the jitter's steps, enlarged and made smaller."""
+    images = torch.from_numpy(rng.words(7, 1, 0, np.arange(12), 3 * 37 * 37)[:, : 3 * 37 * 37].astype(np.uint8))
+    draws = rng.uniform(8, 1, 0, np.arange(12), 16)
+    corner = (draws[:, :2] * 30).astype(np.int64)
+    boxes = torch.from_numpy(np.concatenate([corner, 1 + (draws[:, 2:4] * (37 - corner)).astype(np.int64)], 1))
+    order = torch.from_numpy(draws[:, 4:8].argsort(1, kind="stable"))
+    amount = torch.from_numpy(draws[:, 8:12] - np.float32(0.5))
+    gray, flip = torch.from_numpy(draws[:, 12] < 0.3), torch.from_numpy(draws[:, 13] < 0.5)
+    plan = (images.view(12, 3, 37, 37), boxes, gray, order, amount, flip)
+    return [ops.augment(*plan, size) for size in (5, 64)]
+
+
 def _gradient(value: Tensor, z: Tensor) -> Tensor:
     return torch.autograd.grad(value.sum(), z, retain_graph=True)[0]
 
 
 def digests(device: str = "cpu") -> dict[str, str]:
-    """sha256 over the bytes of each operator's outputs."""
-    return {
-        name: hashlib.sha256(b"".join(t.detach().cpu().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
-        for name, tensors in outputs(device).items()
-    }
+    """sha256 over the bytes of the outputs of each operator on the bank."""
+    return {name: _sha256(tensors) for name, tensors in outputs(device).items()}
+
+
+def every() -> dict[str, str]:
+    """The same of all operators, on the CPU."""
+    return digests() | {"augment": _sha256(views())}
+
+
+def _sha256(tensors: list[Tensor]) -> str:
+    return hashlib.sha256(b"".join(t.detach().cpu().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
 
 
 def main() -> None:

@@ -167,10 +167,10 @@ def test_a_tar_member_cannot_escape(folders, tmp_path, name):
     assert not (tmp_path.parent / "evil.jpg").exists()
 
 
-def test_a_link_in_a_tar_cannot_lead_outside(folders, tmp_path):
+def test_a_link_in_a_tar_is_refused(folders, tmp_path):
     (folders / "train/frog/0000.jpg").unlink()
     (folders / "train/frog/0000.jpg").symlink_to("/etc/hostname")
-    refused(packed(folders), tmp_path / "out", r"0000\.jpg' leads out of the archive")
+    refused(packed(folders), tmp_path / "out", r"0000\.jpg' is a link or a device")
 
 
 def test_damaged_tars(folders, tmp_path):

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mirepro import params, profiles, stages
+from mirepro import params, profiles
 from mirepro.errors import UserError
-from mirepro.launch.board import clock
 
 
 def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -103,7 +102,7 @@ def desk(root: Path, tmp_path: Path, change: dict[str, Any]) -> profiles.Profile
         ({"runs": {"ring-s0": {"objective": "ball"}}}, "runs.ring-s0.objective: 'ball'"),
         ({"runs": {"ring-s9": {"row": "rink", "objective": "ring", "seed": 9}}}, "'rink' is not in rows"),
         ({"detect_runs": {"ring-s0-mask": {"model": "cube"}}}, "detect_runs.ring-s0-mask"),
-        ({"datasets": ["desk"]}, "detect.data: 'scenes' is not in datasets"),
+        ({"datasets": ["desk"]}, "detect_runs.ball-s0-keypoint.data: 'scenes' is not in datasets"),
         ({"toy": {"bank": 2}}, "toy.bank: unknown key"),
     ],
 )
@@ -134,57 +133,3 @@ def test_desk_has_the_promised_runs(root: Path) -> None:
     assert len(profile.values["tables"]["T7"]["rows"]) == 6
     named = {run for n in ("T1", "T6", "T7") for runs in profile.values["tables"][n]["rows"].values() for run in runs}
     assert named == set(profile.runs)
-
-
-def job(work: list[str], value: int = 1) -> stages.Job:
-    """A job that counts its computations."""
-
-    def compute(state: Path, out: Path, fingerprint: str) -> dict[str, Any]:
-        work.append(fingerprint)
-        if len(work) == 1:
-            (state / "checkpoint").write_text("half")
-            raise KeyboardInterrupt
-        assert (state / "checkpoint").read_text() == "half"
-        (out / "weights").write_text(str(value))
-        return {"value": value}
-
-    return stages.Job({"value": value}, ("input",), compute, "metrics/a.json", "runs/a")
-
-
-def test_interrupted_work_resumes(tmp_path: Path) -> None:
-    (tmp_path / "input").write_text("x")
-    (tmp_path / "runs" / "a").mkdir(parents=True)
-    (tmp_path / "runs" / "a" / "old").touch()
-    work: list[str] = []
-    with pytest.raises(KeyboardInterrupt):
-        stages.execute(tmp_path, "pretrain@a", job(work))
-    done = stages.execute(tmp_path, "pretrain@a", job(work))
-    assert not done.collected
-    assert work == [done.fingerprint] * 2
-    assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["weights"]
-    assert not list((tmp_path / ".mirepro" / "work").iterdir())
-
-
-def test_fingerprint_sees_everything(tmp_path: Path) -> None:
-    (tmp_path / "input").write_text("x")
-    marks = [stages.fingerprint(tmp_path, "a", job([])), stages.fingerprint(tmp_path, "b", job([]))]
-    marks.append(stages.fingerprint(tmp_path, "a", job([], 2)))
-    (tmp_path / "input").write_text("y")
-    marks.append(stages.fingerprint(tmp_path, "a", job([])))
-    (tmp_path / "input").unlink()
-    (tmp_path / "input").mkdir()
-    (tmp_path / "input" / "f").write_text("x")
-    marks.append(stages.fingerprint(tmp_path, "a", job([])))
-    assert len(set(marks)) == len(marks)
-
-
-def test_read_only_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "input").write_text("x")
-    (tmp_path / ".mirepro").touch()  # a file where a folder has to be: refused for root too
-    with pytest.raises(UserError, match="cannot write"):
-        stages.execute(tmp_path, "a", job([]))
-
-
-def test_clock() -> None:
-    assert clock(59.6) == "1:00"
-    assert clock(3723) == "1:02:03"

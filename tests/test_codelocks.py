@@ -158,6 +158,7 @@ def test_syntax_error_names_the_file(package: Path) -> None:
 
 def test_missing_objective_is_named(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codelocks, "ENTRIES", {"pretrain": "mirepro.loop"})
+    monkeypatch.setattr(codelocks, "RUNNER", {})
     codelocks.write(package, "desk", ["ring"])
     assert sorted(p.name for p in (package / "locks/desk").rglob("*.json")) == ["pretrain.json", "ring.json"]
     codelocks.write(package, "desk", ["ball"])
@@ -179,3 +180,31 @@ def test_the_real_locks(root: Path) -> None:
         assert ("mirepro.transfer.detection" in names) == (stage == "detect")
     code = "import sys; from mirepro import codelocks, stages, cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+RUNNER_EDITS = [
+    ("determinism", "torch.set_num_threads(threads)", "torch.set_num_threads(threads + 1)", True),
+    ("determinism", '"MKL_CBWR": "COMPATIBLE"', '"MKL_CBWR": "AVX2"', True),
+    ("determinism", "above = [name for name", "above = [str(name) for name", True),  # what environment uses
+    ("determinism", '"threads": threads, "versions": versions', '"versions": versions, "threads": threads', False),
+    ("determinism", "differing = departures(tier, threads)", "differing = departures(tier, 1)", False),
+    ("profiles", "result = dict(base)", "result = dict(overrides)", True),
+    ("profiles", "dict(row.options or {}), merged", "{}, merged", True),
+    ("profiles", "KEYS = (", "KEYS = (*(), ", False),
+    ("params", "return float(value)", "return float(value) + 1", True),
+]
+
+
+@pytest.mark.parametrize(("module", "old", "new", "changes"), RUNNER_EDITS)
+def test_the_runner_counts(root: Path, tmp_path: Path, module: str, old: str, new: str, changes: bool) -> None:
+    """What sets the libraries up or resolves parameters makes computing stages stale; the rest of it does not."""
+    shutil.copytree(root / "mirepro", tmp_path / "mirepro", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    path = tmp_path / "mirepro" / f"{module}.py"
+    source = path.read_text()
+    assert old in source
+    before = {stage: codelocks.stage_lock(codelocks.Sources(tmp_path), stage) for stage in ("toy", "pretrain")}
+    path.write_text(source.replace(old, new))
+    after = {stage: codelocks.stage_lock(codelocks.Sources(tmp_path), stage) for stage in before}
+    stale = {stage for stage in before if before[stage] != after[stage]}
+    assert stale == (set(before) if changes else set())
+    assert stale <= set(codelocks.COMPUTING)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mirepro import encoders
+from mirepro import data, encoders
 from mirepro.data import shards
 from mirepro.errors import UserError
 from mirepro.params import DetectParams, EncoderParams, HeadParams
@@ -19,23 +19,27 @@ from mirepro.transfer.coco_eval import Prediction
 
 SIZE = 32
 TINY = DetectParams(
-    size=SIZE, batch=8, epochs=1, fpn=8, box_hidden=16, mask=HeadParams(6, 8, 1), keypoint=HeadParams(6, 8, 1),
-    lrs=(0.001, 0.003), fixed_lr=0.001, anchors=(0.2, 0.3, 0.45), scales=(1.0, 1.41), min_stride=2, proposals=10,
-    detections=5,
+    size=SIZE, batch=8, epochs=1, keypoint_epochs=1, fpn=8, box_hidden=16, mask=HeadParams(6, 8, 1),
+    keypoint=HeadParams(6, 8, 1), lrs=(0.001, 0.003), fixed_lr=0.001, anchors=(0.2, 0.3, 0.45), scales=(1.0, 1.41),
+    min_stride=2, proposals=10, proposals_before=30, roi_samples=16, detections=5,
 )  # fmt: skip
 
 
 class FakeSplit:
-    """Bright squares (category 0) and wide bars (category 1) on a dark ground, one or two an image, five keypoints."""
+    """Bright squares (category 0) and wide bars (category 1) on a dark ground, one or two an image, five keypoints.
+
+    The first `bare` images are empty.
+    """
 
     categories = ["square", "bar"]  # noqa: RUF012
+    meta: dict[str, Any] = {}  # noqa: RUF012
     keypoints = {"names": list("abcde"), "flips": [1, 0, 3, 2, 4], "sigmas": [0.05] * 5}  # noqa: RUF012
 
-    def __init__(self, n: int, seed: int) -> None:
+    def __init__(self, n: int, seed: int, bare: int = 0) -> None:
         draw = np.random.default_rng(seed)
         self.pixels = draw.integers(0, 40, (n, 3, SIZE, SIZE)).astype(np.uint8)
         self.things: list[list[dict[str, Any]]] = [[] for _ in range(n)]
-        for i in range(n):
+        for i in range(bare, n):
             for half in range(draw.integers(1, 3)):
                 self._add(i, int(draw.integers(0, 2)), int(draw.integers(1, 14)), int(draw.integers(1, 6)) + 16 * half)
 
@@ -161,6 +165,23 @@ def test_mirror_images_swap_left_and_right() -> None:
     assert torch.equal(masks[0].flip(-1), masks[1])
 
 
+@pytest.mark.parametrize("model", ["mask", "keypoint"])
+def test_images_without_objects_have_empty_targets(model: str) -> None:
+    for side in _load(FakeSplit(4, 2, bare=2), model, SIZE).targets:
+        shape = (0, SIZE, SIZE) if model == "mask" else (0, 5, 3)
+        assert [len(target["boxes"]) for target in side[:2]] == [0, 0]
+        assert all(target["boxes"].shape == (0, 4) and target[f"{model}s"].shape == shape for target in side[:2])
+        assert all(len(target["boxes"]) > 0 for target in side[2:])
+    with pytest.raises(UserError, match=f"no objects with {model}s"):
+        _load(FakeSplit(2, 2, bare=2), model, SIZE)
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
+def test_the_share_of_mirrored_images(flip: float) -> None:
+    flags = torch.cat([mirrored for _, _, mirrored in detection.batches(64, 8, 4, flip, 0)]).float()
+    assert flags.mean().item() == pytest.approx(flip, abs=0.1)
+
+
 def _detector(model: str, pretrained: Path, seed: int = 0, params: DetectParams = TINY) -> detection_model.Detector:
     ensemble = encoders.load(pretrained / "encoder.safetensors")
     detector = detection_model.build(ensemble, model, params, 2, 5)
@@ -220,8 +241,10 @@ def test_anchor_recall_and_impossible_parameters(pretrained: Path) -> None:
         detection.check("panoptic", TINY)
 
 
-def _run(model: str, pretrained: Path, folder: Path, out: Path, params: DetectParams = TINY) -> dict[str, Any]:
-    return detection.detect("ir-s0", "ir", 0, model, params, pretrained, folder, out.parent / "work", out)
+def _run(
+    model: str, pretrained: Path, folder: Path, out: Path, params: DetectParams = TINY, mark: str = "0123456789ab"
+) -> dict[str, Any]:
+    return detection.detect("ir-s0", "ir", 0, model, params, pretrained, folder, out.parent / "work", out, mark)
 
 
 @pytest.mark.parametrize("model", ["mask", "keypoint"])
@@ -240,8 +263,34 @@ def test_stage_writes_all_cells_and_reads_test_last(
     assert len(shown["images"]) == 8
 
 
+@pytest.mark.parametrize("model", ["mask", "keypoint"])
+def test_stage_takes_images_without_objects_in_every_split(
+    model: str, pretrained: Path, scenes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten of 16 training images are bare, so that the first batches hold few objects or none."""
+    sizes = {"train": (16, 10), "val": (8, 3), "test": (8, 3)}
+    monkeypatch.setattr(
+        detection, "shards", SimpleNamespace(open=lambda path, split: FakeSplit(sizes[split][0], 1, sizes[split][1]))
+    )
+    cells = _run(model, pretrained, scenes_folder, tmp_path / "out")["cells"]
+    assert all(
+        cells[f"{task}_AP50_{variant}"]["value"] >= 0 for task in ("box", model) for variant in ("tuned", "long")
+    )
+
+
+def test_keypoints_have_a_schedule_of_their_own(pretrained: Path, scenes_folder: Path, tmp_path: Path) -> None:
+    params = dataclasses.replace(TINY, keypoint_epochs=2)
+    seen = {
+        model: _run(model, pretrained, scenes_folder, tmp_path / model / "out", params)["detail"]["images_seen"]
+        for model in ("mask", "keypoint")
+    }
+    assert seen["mask"] == {"tuned": 16, "fixed": 16, "long": 32, "frozen": 16}
+    assert seen["keypoint"] == {"tuned": 32, "fixed": 32, "long": 64, "frozen": 32}
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
 def test_interrupted_stage_resumes_to_the_same_bits(
-    pretrained: Path, scenes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damaged: int, pretrained: Path, scenes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _run("mask", pretrained, scenes_folder, tmp_path / "a" / "out")
     calls, train = [], detection.train
@@ -255,10 +304,25 @@ def test_interrupted_stage_resumes_to_the_same_bits(
     monkeypatch.setattr(detection, "train", counted)
     with pytest.raises(KeyboardInterrupt):
         _run("mask", pretrained, scenes_folder, tmp_path / "b" / "out")
+    for path in sorted((tmp_path / "b" / "work").rglob("*.safetensors"))[:damaged]:
+        path.write_bytes(path.read_bytes()[:-1])
     resumed = _run("mask", pretrained, scenes_folder, tmp_path / "b" / "out")
-    assert len(calls) == 3 + 2, "the two finished variants are not trained again"
+    assert len(calls) == 3 + 2 + damaged, "the two finished variants are not trained again unless damaged"
     assert resumed == whole
     assert (tmp_path / "a/out/detections.json").read_bytes() == (tmp_path / "b/out/detections.json").read_bytes()
+
+
+def test_a_finished_variant_of_another_run_is_refused_by_name(
+    pretrained: Path, scenes_folder: Path, tmp_path: Path
+) -> None:
+    """A file copied by hand; the work folder itself is named by the run's fingerprint."""
+    _run("mask", pretrained, scenes_folder, tmp_path / "a" / "out")
+    with pytest.raises(UserError, match=r"checkpoint of another run \(0123456789ab, not ba9876543210\)"):
+        _run("mask", pretrained, scenes_folder, tmp_path / "a" / "out", mark="ba9876543210")
+    first, second = sorted((tmp_path / "a" / "work").rglob("checkpoint.safetensors"))[:2]
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(UserError, match=f"{second}: checkpoint of another run"):
+        _run("mask", pretrained, scenes_folder, tmp_path / "a" / "out")
 
 
 @pytest.mark.slow
@@ -272,3 +336,31 @@ def test_training_learns_and_an_untrained_detector_does_not(model: str, least: f
     detection.train(detector, train, detection.Variant(0.003), params, 0)
     trained = detection.score(val, detection.predict(detector, val.images, 16), model, params)
     assert all(stats["AP50"] >= least for stats in trained.values()), trained
+
+
+@pytest.fixture(scope="module")
+def desk_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The desk's own scenes, 24 a split, rendered by the project's data build."""
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mirepro.data.scenes.SPLITS", {"train": 24, "val": 24, "test": 24})
+        data.build("scenes", folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["mask", "keypoint"])
+def test_an_untrained_detector_finds_nothing_in_the_desks_scenes(model: str, desk_scenes: Path) -> None:
+    """Untrained heads on an untrained trunk score below 2; the control is the truth itself, which scores 100."""
+    ensemble = encoders.Ensemble(EncoderParams(stem="tiny", norm=True))
+    encoders.initialise(ensemble, 0)
+    params = DetectParams()
+    val = detection_data.load(shards.open(desk_scenes, "val"), model, params.size, params.oks_sigma)
+    detector = detection_model.build(ensemble, model, params, len(val.categories), len(val.sigmas))
+    detection_model.initialise(detector, 0)
+    detection.calibrate(detector, val.images, params.batch)
+    found = detection.predict(detector, val.images, params.batch)
+    stats = detection.score(val, found, model, params)
+    assert sum(len(p.scores) for p in found) > 0, "the score threshold hides everything, so the check sees nothing"
+    assert all((values["AP50"] or 0) < 2 for values in stats.values()), stats
+    assert detection.score(val, _perfect(val), model, params)[model]["AP50"] == pytest.approx(100)

@@ -40,6 +40,69 @@ def test_softmax_regression_reaches_the_optimum(l2):
     assert np.allclose(classifier.weight.double().numpy().ravel(), best.x[: F * C], atol=0.03)
 
 
+def wide(features: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Standardised features of very unequal directions, more or fewer than images, and classes one-hot."""
+    x = rng.normal(seed, rng.Stream.TOY, 2, np.arange(N), features) @ np.diag(0.6 ** np.arange(features))
+    x = x @ rng.normal(seed, rng.Stream.TOY, 3, np.arange(features), features)
+    x = (x - x.mean(0)) / x.std(0)
+    return x.astype(np.float32), np.eye(C, dtype=np.float32)[problem(seed)[1].numpy()]
+
+
+def gradient(theta: np.ndarray, x: np.ndarray, onehot: np.ndarray, l2: float) -> np.ndarray:
+    """Of the objective at `(F + 1, C)`, float64, in the features' own coordinates."""
+    logits = x @ theta[:-1] + theta[-1]
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    residual = (p / p.sum(1, keepdims=True) - onehot) / len(x)
+    return np.concatenate([x.T @ residual + l2 / x.shape[1] * theta[:-1], residual.sum(0)[None]])
+
+
+@pytest.mark.parametrize("features", [10, 30, 150])
+@pytest.mark.parametrize("l2", [0.01, 1.0, 1e4])
+def test_the_solver_converges_in_an_ill_conditioned_basis(features, l2):
+    x, onehot = wide(features)
+    basis = linear.Basis.fit(x)
+    start = np.zeros((len(basis.variance), C))
+
+    def solution(params):
+        weight, bias = basis.weights(linear.minimise(basis, onehot, l2, start, params))
+        return np.concatenate([weight, bias[None]]).astype(np.float64)
+
+    wide64, labels = x.astype(np.float64), onehot.astype(np.float64)
+
+    def objective(flat):
+        theta = flat.reshape(features + 1, C)
+        logits = wide64 @ theta[:-1] + theta[-1]
+        top = logits.max(1, keepdims=True)
+        log_p = logits - top - np.log(np.exp(logits - top).sum(1, keepdims=True))
+        value = -(log_p * labels).sum() / N + l2 / (2 * features) * (theta[:-1] ** 2).sum()
+        return value, gradient(theta, wide64, labels, l2).ravel()
+
+    options = {"maxiter": 20000, "maxfun": 40000, "gtol": 1e-9, "ftol": 0.0}
+    best = optimize.minimize(objective, np.zeros((features + 1) * C), jac=True, method="L-BFGS-B", options=options)
+    ours, stopped = solution(LinearParams()), solution(LinearParams(iterations=1))
+    assert np.abs(gradient(ours, wide64, labels, l2)).max() < 5e-4
+    assert objective(ours.ravel())[0] - best.fun < 1e-5
+    assert np.array_equal(ours, solution(LinearParams()))
+    if l2 < 1e4:  # one step solves the strongest
+        assert objective(stopped.ravel())[0] - best.fun > 1e-4
+
+
+def test_a_basis_is_a_rotation_reduced_to_the_rank():
+    x, _ = wide(8)
+    double = np.concatenate([x, x], 1)
+    basis = linear.Basis.fit(double)
+    assert basis.axes.shape == (16, 8)
+    assert np.allclose(basis.axes.T @ basis.axes, np.eye(8), atol=1e-5)
+    assert np.allclose(basis.x[:, :-1] @ basis.axes.T, double, atol=1e-4)
+    assert not np.allclose(basis.x[:, :4] @ basis.axes[:, :4].T, double, atol=1e-2)
+
+
+def test_answers_are_packed_and_counted():
+    answers = linear.answers({"a": torch.tensor([1, 2, 3] * 5)}, torch.tensor([1, 2, 0] * 5))
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(answers["a"]), np.uint8))[: answers["n"]]
+    assert bits.tolist() == [1, 1, 0] * 5
+
+
 def test_l2_is_chosen_on_val_and_ties_go_to_the_stronger():
     (x, y), (x_val, y_val) = problem(0), problem(1)
     params = LinearParams(l2=(0.01, 1.0, 1e4))

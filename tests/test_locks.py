@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ("evaluate@ir-s0", "toy")  # with what they need: data, one pretraining
@@ -33,10 +34,10 @@ def clone(tmp_path) -> Path:
     return folder
 
 
-def execute(clone: Path, *command: str, code: int = 0) -> str:
+def execute(clone: Path, *command: str, code: int = 0, isa: str = "avx2") -> str:
     path = os.pathsep.join([str(clone.parent / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     # The operators choose AVX-512 where they can; the committed results must come out of AVX2 as well.
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(clone), "MIREPRO_ISA": "avx2"}
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(clone), "MIREPRO_ISA": isa}
     done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -47,6 +48,20 @@ def stale(clone: Path) -> list[str]:
     execute(clone, "mirepro", "stage", "code")
     output = execute(clone, "dvc", "repro", "--dry", "--allow-missing")
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+@pytest.mark.parametrize(("command", "code"), [("mirepro", 1), ("dvc", 255)])
+def test_nothing_starts_with_an_impossible_option(clone, command, code):
+    """The control is the next test: with what is committed, `code` passes."""
+    params = clone / "params.yaml"
+    text = params.read_text()
+    params.write_text(text.replace("inner: 0.01", "inner: 1.01"))
+    assert params.read_text() != text
+    output = execute(clone, command, "repro", code=code)
+    assert "mirepro: rows.ring_l01: objective Ring.inner: 1.01 is impossible; use" in output
+    assert "Traceback" not in output
+    assert execute(clone, "git", "status", "--porcelain", *TRACKED) == ""
+    assert not (clone / ".mirepro" / "provenance").exists()
 
 
 def test_all_locks_are_current(clone):
@@ -69,6 +84,16 @@ def test_a_sample_of_the_locks_comes_out_again_from_nothing(clone):
     assert execute(clone, "git", "status", "--porcelain", *TRACKED) == ""
     bank = clone / "runs/desk/pretrain/ir-s0/bank.safetensors"
     assert bank.stat().st_size > 3072 * 64 * 4  # it was trained here, not fetched
+
+
+@pytest.mark.full
+@pytest.mark.timeout(7200)
+def test_everything_comes_out_again_from_nothing(clone):
+    """The control is the next test; the sample above runs with AVX2, this with what the processor has."""
+    output = execute(clone, "mirepro", "repro", "--jobs", str(os.cpu_count()), isa="")
+    stages = len(yaml.safe_load((clone / "dvc.lock").read_text())["stages"]) - 1
+    assert f"{stages} stages ran; everything asked for is up to date" in output
+    assert execute(clone, "git", "status", "--porcelain", *TRACKED) == ""
 
 
 @pytest.mark.timeout(1800)

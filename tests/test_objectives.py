@@ -8,15 +8,17 @@ import pytest
 import torch
 from scipy import stats
 
-from mirepro import objectives, rng
+from mirepro import encoders, objectives, rng
 from mirepro.bank import MemoryBank
 from mirepro.errors import UserError
 from mirepro.objectives.base import Step
 from mirepro.objectives.regions import ranks
+from mirepro.params import EncoderParams
 
 N, D, B = 200, 16, 12
 CONTRASTIVE = [name for name in objectives.names() if name not in ("supervised", "random")]
-SAMPLED = [name for name in CONTRASTIVE if name not in ("la",)]
+PAIRED = [name for name in CONTRASTIVE if objectives.load(name).companions]  # two views; tests/test_pairs.py
+SAMPLED = [name for name in CONTRASTIVE if name not in ("la", *PAIRED)]
 
 
 def unit(seed: int, n: int, d: int = D) -> torch.Tensor:
@@ -24,9 +26,9 @@ def unit(seed: int, n: int, d: int = D) -> torch.Tensor:
     return torch.from_numpy((x / np.sqrt((x * x).sum(1, keepdims=True))).astype(np.float32))
 
 
-def setting(modalities=("rgb",), n: int = N, d: int = D, seed: int = 0):
+def setting(modalities=("rgb",), companions=(), n: int = N, d: int = D, seed: int = 0):
     banks = {m: MemoryBank(n, d, seed=seed, modality=i) for i, m in enumerate(modalities)}
-    z = {m: unit(seed + 100 + i, B, d) for i, m in enumerate(modalities)}
+    z = {m: unit(seed + 100 + i, B, d) for i, m in enumerate((*modalities, *companions))}
     index = torch.from_numpy(rng.permutation(seed, rng.Stream.ORDER, 0, n)[:B].copy())
     return z, banks, index
 
@@ -34,6 +36,7 @@ def setting(modalities=("rgb",), n: int = N, d: int = D, seed: int = 0):
 def ready(name: str, banks, **options):
     objective = objectives.create(name, {"k": 17} | options)
     objective.check(next(iter(banks.values())).size, next(iter(banks.values())).rows.shape[1])
+    objective.initialise(encoders.Ensemble(EncoderParams(width=4, dim=D), objective.modalities), 0)
     objective.refresh(banks, 0, 0)
     return objective
 
@@ -237,7 +240,7 @@ def test_ir_nce_by_hand():
 @pytest.mark.parametrize("name", CONTRASTIVE)
 def test_gradients_match_finite_differences_and_stop_at_the_bank(name):
     objective = objectives.create(name, {"k": 17})
-    z, banks, index = setting(objective.modalities)
+    z, banks, index = setting(objective.modalities, objective.companions)
     step = late()
     everything = {"outer": 1.0} if name == "la" else {}  # else a moved anchor would change its own region
     for objective_labels in (None, (torch.arange(N) // 5)[None]):
@@ -435,7 +438,7 @@ def test_without_the_own_row_nothing_is_claimed_unless_drawn_without_replacement
 @pytest.mark.parametrize("name", CONTRASTIVE)
 def test_gradients_are_orthogonal_to_z_after_the_normalisation(name):
     objective = objectives.create(name, {"k": 17})
-    z, banks, index = setting(objective.modalities)
+    z, banks, index = setting(objective.modalities, objective.companions)
     objective = ready(name, banks)
     raw = {m: (3 * value).requires_grad_() for m, value in z.items()}
     objective(
@@ -443,5 +446,20 @@ def test_gradients_are_orthogonal_to_z_after_the_normalisation(name):
     ).loss.backward()
     for m, value in raw.items():
         gradient = value.grad
+        if m == "key":
+            assert gradient is None, "keys take no gradient"
+            continue
         assert (gradient * z[m]).sum(1).abs().max() <= 1e-5 * max(1.0, float(gradient.norm(dim=1).max()))
         assert gradient.abs().max() > 1e-4
+
+
+def test_supervised_rows_come_from_the_seed():
+    """Paired seeds differ in the classes' rows as in everything else; the same seed gives the same ones."""
+    weights = []
+    for seed in (0, 1, 0):
+        objective = objectives.create("supervised", {"classes": 5})
+        objective.initialise(encoders.Ensemble(EncoderParams(width=4, dim=D)), seed)
+        weights.append(objective.weight.detach().clone())
+    assert weights[0].shape == (5, D)
+    assert torch.equal(weights[0], weights[2])
+    assert not (weights[0] == weights[1]).any()

@@ -28,7 +28,7 @@ NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # fast and slow tests share it: operators cannot be registered twice
 def emulation(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The kernels compiled as C++, registered as operators of the CPU in a namespace of their own."""
     compiler, path = shutil.which("g++"), tmp_path_factory.mktemp("emulation") / "_ops_emulated.so"
@@ -116,7 +116,7 @@ def rank_outputs(problem: tuple[Tensor, Tensor, int, int], device: str) -> list[
     return result
 
 
-@pytest.mark.parametrize("sigmas", ["", "0"])
+@pytest.mark.parametrize("sigmas", ["", pytest.param("0", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", list(rank_problems()))
 def test_ranks(backend: Backend, name: str, sigmas: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With brackets of no width the sample misleads, and bisection has to find the ranks."""

@@ -50,7 +50,7 @@ def edited(miniature: Miniature, name: str, old: str, new: str) -> Iterator[None
 DETECT = {"detect@ring-s0-mask"} | END
 LOOP, DETECTOR = "mirepro/pretrain.py", "mirepro/transfer/detection.py"
 FRESH = "from mirepro.objectives.base import Objective\n\n\nclass Fresh(Objective):\n    pass\n"
-FIELD = 'data: str = "scenes"'
+FIELD = "size: int = 64"
 
 EDITS: dict[str, tuple[str, str, str, set[str]]] = {
     "nothing": ("params.yaml", "", "", set()),
@@ -130,13 +130,44 @@ def test_finished_work_is_collected(made: Miniature) -> None:
     """Killed between computing and placing: the rerun places what stands there."""
     line = '    place(finished / "metrics.json"'
     with edited(made, "mirepro/toy.py", "params.banks", "7"):
-        with edited(made, "mirepro/stages.py", line, f"    os._exit(9)\n{line}"):
+        with edited(made, "mirepro/execution.py", line, f"    os._exit(9)\n{line}"):
             assert made.run("repro", "toy").returncode == 1
         assert not (made.root / "metrics/desk/toy.json").exists()
         assert made.run("repro", "toy").returncode == 0
         record = json.loads((made.root / ".mirepro/provenance/desk/toy.json").read_text())
         assert record["collected"] is True
         assert json.loads((made.root / "metrics/desk/toy.json").read_text()) == {"banks": 7}
+    assert made.run("repro").returncode == 0
+
+
+RECORD = "        _record(profile, kind, keys, done)\n"
+DIE = '        if kind == "toy":\n            import os\n\n            os.killpg(0, 9)\n'
+KEPT = ', KEEP: "1"}'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [True, False])
+def test_nothing_is_computed_twice_where_dvc_died_before_its_record(made: Miniature, kept: bool) -> None:
+    """DVC is killed while it looks at what was collected; the control keeps no finished work, and computes it again."""
+    value, work = 8 + kept, made.root / ".mirepro/work"
+    shutil.rmtree(work, ignore_errors=True)  # other tests' failures
+    counting = f"open('count', 'a').write('x') * {value}"
+    with (
+        edited(made, "mirepro/toy.py", "params.banks", counting),
+        edited(made, "mirepro/launch/waves.py", KEPT, KEPT if kept else "}"),
+    ):
+        with edited(made, "mirepro/stages.py", RECORD, RECORD + DIE):
+            assert "exit -9" in made.run("repro", "toy").stderr
+        assert json.loads((made.root / "metrics/desk/toy.json").read_text()) == {"banks": value}
+        assert "toy" in made.stale()
+        assert bool(list(work.iterdir())) == kept
+        result = made.run("repro", "toy")
+        assert result.returncode == 0, result.stderr
+        assert json.loads((made.root / "metrics/desk/toy.json").read_text()) == {"banks": value}
+        assert "toy" not in made.stale()
+    assert (made.root / "count").read_text() == ("x" if kept else "xx")
+    (made.root / "count").unlink()
+    assert not list(work.iterdir())
     assert made.run("repro").returncode == 0
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mirepro import checkpoint, diff, encoders, objectives, pretrain, rng
+from mirepro import checkpoint, diff, encoders, objectives, pretrain, ranks, rng, views
 from mirepro.data import shards
 from mirepro.errors import UserError
 from mirepro.params import EncoderParams, OptimParams, PretrainParams, RunParams, ViewParams
@@ -47,6 +47,8 @@ def run(objective: str = "ir", seed: int = 0, **changes) -> RunParams:
     options = {"classes": 4} if objective == "supervised" else {"k": 5}
     if objective in ("la", "cave", "cave_numerator"):
         options |= {"n_clusters": 8}
+    if objective.startswith("moco"):
+        options |= {"queue": 36}
     return RunParams(objective, seed, objective, options, dataclasses.replace(SMALL, **changes))
 
 
@@ -85,7 +87,9 @@ def test_equal_runs_have_equal_bytes_and_another_seed_differs(data, tmp_path):
     assert diff.diff(first, again) is None
     other = train(run(seed=1), data, tmp_path / "c")
     assert bytes_of(first)["encoder.safetensors"] != bytes_of(other)["encoder.safetensors"]
-    assert "step 2" in (diff.diff(first, other) or "")
+    told = diff.diff(first, other) or ""
+    assert told.startswith("first difference at step 2: bank.rgb, ")
+    assert told.endswith(" more tensors")
 
 
 PROGRAM = """
@@ -101,7 +105,7 @@ pretrain.pretrain(run(sys.argv[3], epochs=30), Path(sys.argv[1]), work, work / "
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ir", "la", "cmc_nce", "supervised"])
+@pytest.mark.parametrize("name", ["ir", "la", "cmc_nce", "supervised", "moco_ring", "simclr"])
 def test_kill_9_at_random_moments_changes_no_bit(name, data, tmp_path):
     whole = train(run(name, epochs=30), data, tmp_path / "whole")
     work, kills = tmp_path / "killed", 0
@@ -146,6 +150,73 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_a_foreign_one_is_r
     assert checkpoint.load(tmp_path, "mine") is None
 
 
+def interrupted(params: RunParams, data: Path, work: Path, epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains with a checkpoint after every epoch, and stops before the one after `epoch` is written."""
+    original = pretrain.Trainer.finish
+
+    def finish(trainer: pretrain.Trainer, number: int) -> None:
+        original(trainer, number)
+        if number == epoch:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "CHECKPOINT_SECONDS", -1.0)
+        patch.setattr(pretrain.Trainer, "finish", finish)
+        with pytest.raises(KeyboardInterrupt):
+            train(params, data, work)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.6, 0.0])
+def test_a_run_goes_on_from_the_checkpoint_before_a_truncated_one(keep, data, tmp_path, monkeypatch, capsys):
+    whole = train(run(), data, tmp_path / "whole")
+    interrupted(run(), data, tmp_path / "cut", 2, monkeypatch)
+    current = tmp_path / "cut" / checkpoint.NAME
+    content = current.read_bytes()
+    current.write_bytes(content[: int(keep * len(content))])
+    begun = []
+    original = pretrain.Trainer.begin
+    monkeypatch.setattr(pretrain.Trainer, "begin", lambda self, n: begun.append(n) or original(self, n))
+    assert bytes_of(train(run(), data, tmp_path / "cut")) == bytes_of(whole)
+    assert begun == ([2] if keep == 1 else [1, 2])
+    assert ("damaged checkpoint removed" in capsys.readouterr().err) == (keep < 1)
+
+
+@pytest.mark.parametrize("other", ["another seed", "another code lock"])
+def test_a_run_refuses_the_checkpoint_of_another_by_name(other, data, tmp_path, monkeypatch):
+    interrupted(run(), data, tmp_path, 1, monkeypatch)
+    before = bytes_of(tmp_path / "out") | {"": (tmp_path / checkpoint.NAME).read_bytes()}
+    with pytest.raises(UserError, match=rf"{checkpoint.NAME}: checkpoint of another run \(f, not {other[:12]}\)"):
+        train(run(seed=1), data, tmp_path, fingerprint=other)  # which covers parameters, data and code
+    assert bytes_of(tmp_path / "out") | {"": (tmp_path / checkpoint.NAME).read_bytes()} == before
+
+
+def test_control_views_from_a_global_generator_do_not_survive_a_resume(data, tmp_path, monkeypatch):
+    """Two uninterrupted runs agree all the same: only keyed draws make a resumed one equal, too."""
+    params, uniform = run(digest=1), rng.uniform
+    kinds = {"keyed": uniform, "global": lambda *key: global_uniform(uniform, *key)}
+    for name, draw in kinds.items():
+        monkeypatch.setattr(views.rng, "uniform", draw)
+        runs = []
+        for part in ("whole", "again", "resumed"):
+            np.random.seed(0)
+            if part == "resumed":
+                interrupted(params, data, tmp_path / name / part, 1, monkeypatch)
+                np.random.seed(0)  # a new process
+            runs.append(train(params, data, tmp_path / name / part))
+        assert diff.diff(runs[0], runs[1]) is None
+        if name == "keyed":
+            assert diff.diff(runs[0], runs[2]) is None
+        else:
+            assert "first difference at step 6: " in diff.diff(runs[0], runs[2])  # the first after the checkpoint
+
+
+def global_uniform(keyed, seed, stream, epoch, index, width):
+    """What `rng.uniform` returns, but views come from NumPy's global generator."""
+    if stream != rng.Stream.VIEW:
+        return keyed(seed, stream, epoch, index, width)
+    return np.random.random((len(index), width)).astype(keyed(seed, stream, epoch, index[:1], width).dtype)
+
+
 def test_pretraining_never_opens_the_test_split(data, tmp_path, monkeypatch):
     opened, original = [], shards.open
     monkeypatch.setattr(shards, "open", lambda folder, split: opened.append(split) or original(folder, split))
@@ -175,8 +246,8 @@ def test_shards_are_part_of_the_protocol_and_gradients_add_up_in_a_tree(data, tm
     one, two = (train(run(shards=n), data, tmp_path / str(n)) for n in (1, 2))
     assert bytes_of(one)["encoder.safetensors"] != bytes_of(two)["encoder.safetensors"]  # BatchNorm sees a shard alone
     parts = [[torch.tensor([1e8])], [torch.tensor([1.0])], [torch.tensor([-1e8])], [torch.tensor([1.0])]]
-    assert float(pretrain.tree_sum(parts)[0]) == float((parts[0][0] + parts[1][0]) + (parts[2][0] + parts[3][0]))
-    assert [float(t) for t in pretrain.tree_sum([[torch.tensor(3.0)]])] == [3.0]
+    assert float(ranks.tree_sum(parts)[0]) == float((parts[0][0] + parts[1][0]) + (parts[2][0] + parts[3][0]))
+    assert [float(t) for t in ranks.tree_sum([[torch.tensor(3.0)]])] == [3.0]
 
 
 def test_without_normalisation_shards_give_the_gradient_of_the_whole_batch(data):

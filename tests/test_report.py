@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mirepro import files
+from mirepro import files, metrics
 from mirepro.errors import UserError
 from mirepro.report import claims, page, tables, text
 
@@ -213,7 +213,9 @@ def test_rows_keep_the_layouts_order_and_say_what_they_support(root: Path) -> No
 
 def test_schema_accepts_what_is_built_and_refuses_a_broken_table(root: Path) -> None:
     tables.build(root, "desk", LAYOUT)
-    for name in tables.TITLES:
+    made = [name for name in tables.TITLES if (root / f"tables/desk/{name}.json").is_file()]
+    assert set(made) == (LAYOUT.keys() & tables.TITLES.keys()) | {"T5"}
+    for name in made:
         tables.check(table(root, name))
     broken = table(root, "T1")
     broken["rows"][0]["cells"]["knn_1"]["mean"] = "35.1"
@@ -240,14 +242,64 @@ def test_absent_values_render_as_absent(root: Path) -> None:
 def test_published_values_stand_beside_and_empty_ones_do_not(root: Path) -> None:
     path = root / "published/desk.csv"
     head = "paper,version,table,row,column,value,unit,page,transcribed_by,pdf_sha256\n"
-    files.write_text(path, head + "p,1,2,ir,linear_flat,47.5,%,4,x,00\np,1,2,ball,linear_flat,,%,4,x,00\n")
+    files.write_text(path, head + f"p,1,2,ir,linear_flat,47.5,%,4,x,{'0' * 64}\np,1,2,ball,linear_flat,,%,4,x,\n")
     tables.build(root, "desk", LAYOUT)
     content = table(root, "T1")
     assert row_of(content, "ir")["cells"]["linear_flat"]["published"] == 47.5
     assert row_of(content, "ball")["cells"]["linear_flat"]["published"] is None
     assert "(published 47.5)" in (root / "tables/desk/T1.md").read_text()
-    files.write_text(path, head + "p,1,2,ir,linear_flat,about 47,%,4,x,00\n")
+    files.write_text(path, head + f"p,1,2,ir,linear_flat,about 47,%,4,x,{'0' * 64}\n")
     with pytest.raises(UserError, match=r"desk\.csv"):
+        tables.build(root, "desk", LAYOUT)
+
+
+def test_bounds_by_form_need_no_certificate(root: Path) -> None:
+    """Of one objective a bound by its form, of another one certified now and then; the toy's cases likewise."""
+    for run, unit, value in (("T6-u=1-s0", metrics.BY_FORM, None), ("T6-u=.1-s0", "%", 25.0)):
+        path = root / f"metrics/desk/pretrain/{run}.json"
+        content = files.read_json(path)
+        content["cells"]["certified_share"] = {"value": value, "unit": unit, "protocol": "p"}
+        files.write_json(path, content)
+    toy = files.read_json(root / "metrics/desk/toy.json")
+    toy["detail"]["cases"][0] |= {"bound": True}
+    files.write_json(root / "metrics/desk/toy.json", toy)
+    tables.build(root, "desk", LAYOUT)
+    lines = (root / "tables/desk/T6.md").read_text().splitlines()
+    shown = {name: " ".join(line for line in lines if line.startswith(f"| {name} ")) for name in SETTINGS["T6"]}
+    assert metrics.BY_FORM in shown["u=1"]
+    assert metrics.BY_FORM not in shown["u=.1"]
+    assert "25.0" in shown["u=.1"]
+    certified = [row["cells"]["certified"] for row in table(root, "T5")["rows"]]
+    assert certified[0]["unit"] == metrics.BY_FORM
+    assert {cell["unit"] for cell in certified[1:]} == {"yes/no"}
+    broken = table(root, "T5")
+    broken["rows"][0]["cells"]["certified"]["mean"] = 1.0
+    with pytest.raises(UserError, match=r"certified"):
+        tables.check(broken)
+
+
+def bootstraps(root: Path) -> dict[str, list[float] | None]:
+    tables.build(root, "desk", LAYOUT)
+    return {item["id"]: item["bootstrap"] for item in table(root, "claims")["claims"]}
+
+
+def test_images_are_resampled_against_a_control_too(root: Path) -> None:
+    assert bootstraps(root)["ir-pixels"] is None  # nothing says which images the control got right
+    path = root / "metrics/desk/controls.json"
+    content = files.read_json(path)
+    right = np.arange(200) % 10 == 0
+    content["rows"]["pixels"] = {
+        "cells": content["rows"]["pixels"],
+        "answers": [{"linear_flat": np.packbits(right).tobytes().hex(), "n": 200}],
+    }
+    files.write_json(path, content)
+    low, high = bootstraps(root)["ir-pixels"]
+    runs = [files.read_json(root / f"runs/desk/evaluate/ir-s{seed}/test.json")["linear_flat"] for seed in range(5)]
+    answers = [np.unpackbits(np.frombuffer(bytes.fromhex(run), np.uint8))[:200] for run in runs]
+    assert low < 100 * (np.mean(answers) - right.mean()) < high
+    content["rows"]["pixels"]["answers"][0]["n"] = 150
+    files.write_json(path, content)
+    with pytest.raises(UserError, match="ir-pixels: its rows were tested on different numbers of images"):
         tables.build(root, "desk", LAYOUT)
 
 

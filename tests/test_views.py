@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from mirepro import rng, views
+from mirepro import ops, rng, views
 from mirepro.errors import UserError
 from mirepro.params import ViewParams
 
@@ -20,10 +22,17 @@ def images(n: int = 6, side: int = 32) -> torch.Tensor:
     return (smooth.clamp(0, 1) * 255).to(torch.uint8)
 
 
-def test_crop_and_resize_match_pil_within_its_rounding():
+def plan(n: int, *steps: int, amount: float = 0.0, gray: bool = False, flip: bool = False) -> list[torch.Tensor]:
+    """The same gray, order, amount and flip for n images."""
+    order = torch.tensor([*steps, -1, -1, -1, -1][:4]).repeat(n, 1)
+    return [torch.full((n,), gray), order, torch.full((n, 4), amount), torch.full((n,), flip)]
+
+
+@pytest.mark.parametrize("augment", [ops.augment, views.composed])
+def test_crop_and_resize_match_pil_within_its_rounding(augment):
     x = images(5)
     boxes = torch.tensor([[0, 0, 32, 32], [3, 5, 20, 11], [0, 16, 31, 9], [30, 30, 2, 2], [1, 2, 3, 30]])
-    ours = views.resize(x.float() / 255, boxes, 24)
+    ours = augment(x, boxes, *plan(5), 24)
     for image, box, result in zip(x, boxes.tolist(), ours, strict=True):
         top, left, height, width = box
         pil = Image.fromarray(image.permute(1, 2, 0).numpy()).crop((left, top, left + width, top + height))
@@ -33,22 +42,88 @@ def test_crop_and_resize_match_pil_within_its_rounding():
         assert np.abs(result.numpy() - shifted).max() > 1.5 / 255
 
 
+STEPS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+
+
+@pytest.mark.parametrize("augment", [ops.augment, views.composed])
+@pytest.mark.parametrize("step", range(4))
+def test_jitter_steps_match_torchvision(augment, step):
+    x = images()
+    whole = torch.tensor([[0, 0, 32, 32]]).repeat(len(x), 1)
+    for amount in (-0.37, 0.0, 0.21):
+        factor = amount if step == 3 else 1 + amount
+        result = augment(x, whole, *plan(len(x), step, amount=amount), 32)
+        assert torch.allclose(result, STEPS[step](x.float() / 255, factor), atol=2e-3)
+    result = augment(x, whole, *plan(len(x), step, amount=0.3), 32)
+    assert not torch.allclose(result, x.float() / 255, atol=2e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 33), st.integers(0, 2**31))
+def test_operator_and_torch_agree(n, side, size, seed):
+    """Any sizes, boxes, steps and amounts; constant images have no hue."""
+    g = np.random.default_rng(seed)
+    noise = torch.from_numpy(g.integers(0, 256, (n, 3, side, side), dtype=np.uint8))
+    x = torch.where(torch.from_numpy(g.random(n) < 0.2)[:, None, None, None], noise[:, :1, :1, :1], noise)
+    corner = g.integers(0, side, (n, 2))
+    boxes = torch.from_numpy(np.concatenate([corner, 1 + g.integers(0, side - corner)], 1))
+    order = torch.from_numpy(np.stack([g.permutation(4) for _ in range(n)]) - 5 * (g.random((n, 4)) < 0.3)).clamp(
+        min=-1
+    )
+    amount = torch.from_numpy(g.uniform(-0.5, 0.5, (n, 4))).float()
+    gray, flip = (torch.from_numpy(g.random(n) < 0.4) for _ in range(2))
+    arguments = (x, boxes, gray, order, amount, flip, size)
+    ours, theirs = ops.augment(*arguments), views.composed(*arguments)
+    assert ours.shape == theirs.shape == (n, 3, size, size)
+    assert ours.min() >= 0
+    assert ours.max() <= 1 + 1e-5
+    assert torch.allclose(ours, theirs, atol=2e-4)
+    other = views.composed(x, boxes, gray, order, amount, ~flip, size)
+    assert size == 1 or torch.allclose(ours.flip(-1), other, atol=2e-4)
+
+
+def test_threads_change_no_bit_of_a_view():
+    x, index = images(7), torch.arange(7)
+    one = views.batch(x, ViewParams(size=20), seed=3, epoch=1, index=index)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(views.batch(x, ViewParams(size=20), seed=3, epoch=1, index=index), one)
+    finally:
+        torch.set_num_threads(1)
+    assert not torch.equal(views.batch(x, ViewParams(size=20), seed=4, epoch=1, index=index), one)
+
+
+def _changed(**changes: object) -> tuple:
+    names = ("images", "boxes", "gray", "order", "amount", "flip", "size")
+    given = dict(zip(names, (images(2), torch.tensor([[0, 0, 32, 32], [4, 5, 28, 27]]), *plan(2), 8), strict=True))
+    return tuple((given | changes).values())
+
+
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("change", "message"),
     [
-        (views._brightness, F.adjust_brightness),
-        (views._contrast, F.adjust_contrast),
-        (views._saturation, F.adjust_saturation),
-        (views._hue, F.adjust_hue),
+        ({"images": torch.zeros(2, 3, 32, 32)}, "images: must be a CPU tensor of dtype uint8"),
+        ({"images": torch.zeros(2, 1, 32, 32, dtype=torch.uint8)}, r"images: must have shape \(B, 3, S, S\)"),
+        ({"images": torch.zeros(3, 3, 32, 32, dtype=torch.uint8)}, "need one row per image"),
+        ({"boxes": torch.tensor([[0, 0, 32, 32], [4, 5, 29, 27]])}, "boxes: row 1 does not lie in the image"),
+        ({"boxes": torch.tensor([[0, -1, 32, 32], [4, 5, 28, 27]])}, "boxes: row 0 does not lie in the image"),
+        ({"order": torch.full((2, 4), 4)}, "order: row 0 holds no step"),
+        ({"order": torch.full((2, 3), 1)}, r"need shape \(B, 4\)"),
+        ({"amount": torch.full((2, 4), torch.nan)}, "amount: row 0 holds NaN"),
+        ({"amount": torch.full((2, 4), 0.6)}, "amount: row 0 turns the hue"),
+        ({"size": 0}, "size: must be at least 1"),
     ],
 )
-def test_jitter_steps_match_torchvision(ours, theirs):
-    x = images().float() / 255
-    for amount in (-0.37, 0.0, 0.21):
-        factor = amount if theirs is F.adjust_hue else 1 + amount
-        result = ours(x, torch.full((len(x), 1, 1, 1), amount))
-        assert torch.allclose(result, theirs(x, factor), atol=2e-3)
-    assert not torch.allclose(ours(x, torch.full((len(x), 1, 1, 1), 0.3)), x, atol=2e-3)
+def test_impossible_plans_are_refused(change, message):
+    assert ops.augment(*_changed()).shape == (2, 3, 8, 8)
+    with pytest.raises(ValueError, match=message):
+        ops.augment(*_changed(**change))
+
+
+def test_views_are_traced():
+    library = torch.ops.mirepro.augment
+    x, boxes, gray, order, amount, flip, size = _changed()
+    torch.library.opcheck(library, (x, boxes, gray.long(), order, amount, flip.long(), size))
 
 
 def test_lab_matches_a_reference_colour():

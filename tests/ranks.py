@@ -1,0 +1,60 @@
+"""One rank of small runs: `python -m tests.ranks DATA WORK OBJECTIVES SHARDS [EPOCHS]`; torchrun's variables as usual.
+
+OBJECTIVES is a list with commas; EPOCHS below 3 leaves after so many, as a preempted job does. The variable
+MIREPRO_TEST_DIE=RANK:STEP kills that rank before that step; MIREPRO_TEST_FAIL=RANK:STEP makes it raise.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from mirepro import cli, files, pretrain
+from mirepro.errors import UserError
+from tests.test_pretrain import run
+
+EPOCHS = 3
+
+
+class Faulty(pretrain.Trainer):
+    """Breaks where it is told to."""
+
+    last = EPOCHS
+
+    def train_step(self, index):
+        here = f"{self.world.rank}:{self.step}"
+        if os.environ.get("MIREPRO_TEST_DIE") == here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get("MIREPRO_TEST_FAIL") == here:
+            raise ZeroDivisionError("the cause")
+        return super().train_step(index)
+
+    def begin(self, epoch):
+        if epoch == self.last:
+            with self.world:
+                pass
+            sys.exit(0)
+        super().begin(epoch)
+
+    def resume(self, saved):
+        super().resume(saved)
+        self.world.lead(print, f"resumed at {self.step}")
+
+
+def train(data: str, work: str, objectives: str, shards: str, epochs: str = str(EPOCHS)) -> None:
+    """Trains each objective in a folder of its own; the first rank writes the metrics beside the outputs."""
+    pretrain.CHECKPOINT_SECONDS, pretrain.Trainer, Faulty.last = -1.0, Faulty, int(epochs)
+    for objective in objectives.split(","):
+        folder = Path(work) / objective
+        (folder / "out").mkdir(parents=True, exist_ok=True)
+        params = run(objective, shards=int(shards), epochs=EPOCHS)
+        metrics = pretrain.pretrain(params, Path(data), folder, folder / "out", "f")
+        if metrics:
+            files.write_json(folder / "out" / "metrics.json", metrics)
+
+
+if __name__ == "__main__":
+    try:
+        train(*sys.argv[1:])
+    except UserError as error:
+        cli.complain(str(error), 2)

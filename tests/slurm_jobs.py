@@ -1,0 +1,58 @@
+"""What the jobs of the Slurm tests compute; imported on the nodes."""
+
+import os
+import time
+from pathlib import Path
+
+from mirepro.errors import UserError
+
+
+def finish(work: Path) -> None:
+    """Leaves a result as `execution.execute` does."""
+    (work / "finished").mkdir(parents=True, exist_ok=True)
+
+
+def fail(work: Path) -> None:
+    """An error that is nobody's input."""
+    raise ValueError(f"seven is not {work.name}")
+
+
+def refuse(work: Path) -> None:
+    """Bad input."""
+    raise UserError("rows.x: impossible; use y")
+
+
+def count(work: Path, steps: int, seconds: float) -> None:
+    """Counts to `steps`, one checkpoint each, going on where an earlier run stopped; notes where each run began."""
+    state = work / "state"
+    state.mkdir(parents=True, exist_ok=True)
+    (work / "where").write_text(os.environ.get("container", ""))  # noqa: SIM112 (podman sets it)
+    checkpoint = state / "step"
+    first = int(checkpoint.read_text()) if checkpoint.exists() else 0
+    with (work / "runs").open("a") as file:
+        file.write(f"{os.environ.get('SLURM_JOB_ID')} {first}\n")
+    for step in range(first, steps):
+        time.sleep(seconds)
+        fresh = state / ".step"
+        fresh.write_text(str(step + 1))
+        os.replace(fresh, checkpoint)
+    finish(work)
+
+
+def hold(work: Path) -> None:
+    """Ends when told to."""
+    with (work / "runs").open("a") as file:
+        file.write(f"{os.environ.get('SLURM_JOB_ID')} 0\n")
+    while not (work / "go").exists():
+        time.sleep(0.1)
+    finish(work)
+
+
+def train(work: Path, data: Path) -> None:
+    """A small run of four shards; with several tasks, on several ranks."""
+    from mirepro import ranks
+    from tests import ranks as small
+
+    small.train(str(data), str(work), "ring", "4")
+    if ranks.leads():
+        finish(work)

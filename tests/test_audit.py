@@ -1,0 +1,464 @@
+"""Audits of a small result: every level, tampers, hostile sources, signed reports that others can check."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from audited import Project, commit
+
+from mirepro.audit import integrity, levels, output, page, release, sandbox, selftest, source, statement
+from mirepro.audit.levels import Options
+from mirepro.errors import UserError
+
+
+@pytest.fixture
+def copy(project: Project, tmp_path: Path) -> Path:
+    """A copy to tamper with."""
+    shutil.copytree(project.root, tmp_path / "copy", symlinks=True)
+    return tmp_path / "copy"
+
+
+@pytest.fixture(scope="module")
+def good(project: Project, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(folder, public key) of a signed audit of level 1."""
+    out = tmp_path_factory.mktemp("audit")
+    statement.new_keys(out / "keys" / "auditor")
+    report = audit(project.root, out / "report", 1)
+    output.write(out / "report", report, out / "keys" / "auditor")
+    return out / "report", out / "keys" / "auditor.pub"
+
+
+def audit(what: Path | str, out: Path, level: int = 0, **options: Any) -> dict[str, Any]:
+    """The report of a quiet audit."""
+    return levels.audit(Options(str(what), out, level, **options), lambda line: None)
+
+
+def states(report: dict[str, Any]) -> dict[str, str]:
+    """Checks by name."""
+    return {check["name"]: check["status"] for check in report["checks"]}
+
+
+def test_untouched_is_reproduced(good: tuple[Path, Path], project: Project) -> None:
+    report = json.loads((good[0] / "report.json").read_text())
+    assert (report["verdict"], report["exit_code"]) == ("REPRODUCED", 0)
+    assert set(states(report).values()) == {"pass", "not checked"}
+    assert [name for name, state in states(report).items() if state == "not checked"] == ["signature"]
+    assert {cell["verdict"] for cell in report["cells"]} == {"EXACT"}
+    assert {cell["level"] for cell in report["cells"]} == {1}
+    assert report["controls"][0]["differs"]
+    assert report["source"]["changed"] == []
+    assert not list(project.root.glob(".mirepro"))
+
+
+def test_nothing_is_written_to_the_source(project: Project, tmp_path: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in project.root.rglob("*")}
+    audit(project.root, tmp_path / "out")
+    assert {p: p.stat().st_mtime_ns for p in project.root.rglob("*")} == before
+    with pytest.raises(UserError, match="never touched"):
+        audit(project.root, project.root / "report")
+
+
+def test_folder_md5_is_dvcs(root: Path) -> None:
+    """Against digests that DVC itself wrote."""
+    lock = integrity.safe.read_yaml(root / "dvc.lock")
+    (one,) = lock["stages"]["tables"]["outs"]
+    clean = ["git", "diff", "--quiet", "HEAD", "--", "tables/desk", "dvc.lock"]
+    if subprocess.run(clean, cwd=root, check=False).returncode:
+        pytest.skip("tables/desk is being changed")
+    found = {str(p.relative_to(root)): source.hashes(p) for p in (root / "tables" / "desk").iterdir()}
+    assert source.folder_md5(found, "tables/desk") == one["md5"]
+    found["tables/desk/T1.md"] = source.Hashes(0, "", "0" * 32)
+    assert source.folder_md5(found, "tables/desk") != one["md5"]
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    """Changes a JSON file."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
+
+
+def test_tables_and_metrics_that_disagree(copy: Path, tmp_path: Path) -> None:
+    """A changed cell and a changed metric are named; all other cells stay exact."""
+
+    def cell(content: Any) -> None:
+        content["rows"][0]["cells"]["knn_1"]["mean"] += 1
+
+    edit(copy / "tables/desk/T1.json", cell)
+    edit(copy / "metrics/desk/evaluate/ball-s1.json", lambda c: c["cells"]["linear_pool"].update(value=99.0))
+    report = audit(copy, tmp_path / "out", 1)
+    assert (report["verdict"], report["exit_code"]) == ("DIVERGED", 1)
+    wrong = {(c["row"], c["column"]): c["reason"] for c in report["cells"] if c["verdict"] != "EXACT"}
+    assert wrong.keys() == {("ir", "knn_1"), ("ball", "linear_pool")}
+    assert "where the table says" in wrong["ball", "linear_pool"]
+    assert states(report)["tables recomputed"] == "fail"
+
+
+def test_missing_cells_and_metrics(copy: Path, tmp_path: Path) -> None:
+
+    def shorten(content: Any) -> None:
+        content["columns"].remove("knn_5")
+        for row in content["rows"]:
+            del row["cells"]["knn_5"]
+
+    edit(copy / "tables/desk/T1.json", shorten)
+    report = audit(copy, tmp_path / "out", 1)
+    assert {c["verdict"] for c in report["cells"] if c["column"] == "knn_5"} == {"MISSING"}
+    (copy / "metrics/desk/evaluate/ir-s0.json").unlink()
+    report = audit(copy, tmp_path / "out", 1)
+    assert {c["verdict"] for c in report["cells"]} == {"MISSING"}
+    assert "ir-s0.json" in report["cells"][0]["reason"]
+
+
+@pytest.mark.slow
+def test_revision_and_remote(project: Project, copy: Path, tmp_path: Path) -> None:
+    """A git revision lacks the runs; a signed release brings them, and a damaged object in it is refused."""
+    statement.new_keys(tmp_path / "key")
+    assert release.publish(copy, "desk", tmp_path / "key", tmp_path / "release") > 40
+    commit(copy)
+    for folder in ("runs", "data/desk/shards"):
+        shutil.rmtree(copy / folder)
+    report = audit(f"{copy}@HEAD", tmp_path / "out")
+    assert report["source"]["kind"] == "git"
+    assert (report["verdict"], states(report)["outputs"]) == ("INCONCLUSIVE", "not checked")
+    report = audit(f"{copy}@HEAD", tmp_path / "out", 1)
+    assert (report["verdict"], states(report)["claims"]) == ("REPRODUCED", "not checked"), report["why"]
+    assert states(report)["tables recomputed"] == "pass"
+    public = tmp_path / "key.pub"
+    full = audit(f"{copy}@HEAD", tmp_path / "out", remote=tmp_path / "release", publisher_key=public)
+    assert (full["verdict"], states(full)["signature"], states(full)["outputs"]) == ("REPRODUCED", "pass", "pass")
+    statement.new_keys(tmp_path / "other")
+    other = audit(f"{copy}@HEAD", tmp_path / "out", publisher_key=tmp_path / "other.pub")
+    assert states(other)["signature"] == "fail"
+    selftest.flip(max((tmp_path / "release" / "files").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size))
+    with pytest.raises(UserError, match="damaged"):
+        audit(f"{copy}@HEAD", tmp_path / "out", remote=tmp_path / "release")
+    with pytest.raises(UserError, match="check the address"):
+        audit(f"{copy}@nowhere", tmp_path / "out")
+
+
+def test_publishing_what_does_not_fit(copy: Path, tmp_path: Path) -> None:
+    statement.new_keys(tmp_path / "key")
+    selftest.flip(copy / "runs/desk/pretrain/ir-s0/encoder.safetensors")
+    with pytest.raises(UserError, match=r"outputs differ from dvc\.lock"):
+        release.publish(copy, "desk", tmp_path / "key", tmp_path / "release")
+    (copy / "params.yaml").write_text((copy / "params.yaml").read_text() + "# late\n")
+    with pytest.raises(UserError, match=r"not committed: params\.yaml"):
+        release.publish(copy, "desk", tmp_path / "key", tmp_path / "release")
+
+
+def test_policy_of_the_source(copy: Path, tmp_path: Path) -> None:
+    """A policy counts if it was committed; a margin that can show nothing stops the audit."""
+    (copy / "audit.yaml").write_text("schema: mirepro.audit-policy/1\nrules: [{test: band, margin: 1.0}]\n")
+    assert states(audit(copy, tmp_path / "out"))["policy"] == "fail"
+    commit(copy)
+    report = audit(copy, tmp_path / "out")
+    assert states(report)["policy"] == "pass"
+    assert report["policy"]["sha256"] == integrity.files.sha256(copy / "audit.yaml")
+    strict = tmp_path / "strict.yaml"
+    strict.write_text("schema: mirepro.audit-policy/1\nrules: [{column: knn_1, row: ir, test: tost, margin: 0.001}]\n")
+    with pytest.raises(UserError, match="too narrow to show anything"):
+        audit(copy, tmp_path / "out", 1, policy=strict)
+
+
+HOSTILE = {
+    "a link": lambda root: (root / "metrics/desk/x.json").symlink_to("/etc/passwd"),
+    "a linked folder": lambda root: (root / "csrc").symlink_to("/etc"),
+    "a pipe": lambda root: os.mkfifo(root / "metrics/desk/x.json"),
+    "huge JSON": lambda root: os.truncate(root / "data/desk/manifest.json", 1 << 30),
+    "deep JSON": lambda root: (root / "data/desk/manifest.json").write_text("[" * 100_000),
+    "aliases": lambda root: (root / "params.yaml").write_text("a: &a [1]\nb: *a\n"),
+    "a lock that climbs": lambda root: selftest.swap(root / "dvc.lock", r"path: metrics/desk/toy", "path: ../../toy"),
+    "a run that climbs": lambda root: selftest.swap(root / "params.yaml", r"ir-s0:", "../../ir-s0:"),
+    "a root that climbs": lambda root: selftest.swap(root / "params.yaml", r"root: \.", "root: ../../.."),
+    "a data set that climbs": lambda root: selftest.swap(root / "params.yaml", r"- desk", "- ../desk"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_sources_are_refused(copy: Path, tmp_path: Path, name: str) -> None:
+    HOSTILE[name](copy)
+    with pytest.raises(UserError, match=r"refused|no path"):
+        audit(copy, tmp_path / "out")
+
+
+def test_commands_of_the_source_are_never_run(copy: Path, tmp_path: Path) -> None:
+    """A hostile command in dvc.yaml, DVC's configuration, git's hooks and filters do nothing, and are seen."""
+    mark = tmp_path / "was-here"
+    selftest.swap(copy / "dvc.yaml", r"cmd: mirepro stage toy.*", f"cmd: touch {mark}")
+    (copy / ".dvc").mkdir()
+    (copy / ".dvc" / "config").write_text(f"['remote \"x\"']\nurl = ssh://{mark}\n")
+    for hook in ("post-checkout", "reference-transaction"):
+        path = copy / ".git" / "hooks" / hook
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\ntouch {mark}\n")
+        path.chmod(0o755)
+    with (copy / ".git" / "config").open("a") as file:
+        file.write(f'[core]\nfsmonitor = "touch {mark}"\n[filter "x"]\nclean = touch {mark}\nsmudge = touch {mark}\n')
+    (copy / ".gitattributes").write_text("* filter=x\n")
+    report = audit(copy, tmp_path / "out", 1)
+    assert states(report)["pipeline"] == "fail"
+    audit(f"{copy}@HEAD", tmp_path / "out")
+    assert not mark.exists()
+
+
+def test_html_is_escaped(good: tuple[Path, Path]) -> None:
+    report = json.loads((good[0] / "report.json").read_text())
+    evil = "<script>alert(1)</script><img src=x onerror=alert(1)>"
+    for cell in report["cells"][:3]:
+        cell |= {"row": evil, "column": evil, "reason": evil, "unit": evil}
+    report["checks"][0] |= {"detail": evil, "items": [evil]}
+    report["source"]["location"] = report["why"] = evil
+    text = page.render(report, None)
+    assert "<script" not in text
+    assert "<img" not in text
+    assert text.count("&lt;script&gt;") > 5
+    assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
+
+
+def test_page_is_self_contained(good: tuple[Path, Path]) -> None:
+    text = (good[0] / "report.html").read_text()
+    for word in ("http://", "https://", "<link rel=\"stylesheet", "<script", "@import", "url("):
+        assert word not in text, word
+    assert "REPRODUCED" in text
+
+
+def test_signed_report(good: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, key = good
+    assert output.verify(folder, key)[0] == 0
+    assert output.verify(folder / output.ENVELOPE, None)[0] == 2
+    statement.new_keys(tmp_path / "other")
+    assert output.verify(folder, tmp_path / "other.pub")[0] == 1
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    (moved / output.PAGE).unlink()
+    assert output.verify(moved, key)[0] == 1
+
+
+def test_independent_implementation_verifies(good: tuple[Path, Path], tmp_path: Path) -> None:
+    """securesystemslib reads the envelope with the public key; another key or payload is refused."""
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.exceptions import VerificationError
+    from securesystemslib.signer import SSlibKey
+
+    folder, public = good
+    outer = json.loads((folder / output.ENVELOPE).read_text())
+    name, payload = outer["signatures"][0]["keyid"], outer["payload"]
+
+    def verify(payload: str, pem: str) -> None:
+        key = SSlibKey(name, "ed25519", "ed25519", {"public": _raw(pem)})
+        envelope = {"payloadType": outer["payloadType"], "payload": payload, "signatures": [{**outer["signatures"][0]}]}
+        assert Envelope.from_dict(envelope).verify([key], 1) == {name: key}
+
+    verify(payload, public.read_text())
+    with pytest.raises(VerificationError):
+        verify(("B" if payload[0] == "A" else "A") + payload[1:], public.read_text())
+    statement.new_keys(tmp_path / "stranger")
+    with pytest.raises(VerificationError):
+        verify(payload, (tmp_path / "stranger.pub").read_text())
+
+
+def _raw(pem: str) -> str:
+    """The 32 bytes of an Ed25519 key in PEM, as hex."""
+    import base64
+
+    return base64.b64decode("".join(pem.splitlines()[1:-1]))[-32:].hex()
+
+
+def test_envelope_by_hand(good: tuple[Path, Path]) -> None:
+    """The signature over DSSE's encoding as its specification writes it."""
+    import base64
+
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    outer = json.loads((good[0] / output.ENVELOPE).read_text())
+    body, kind = base64.b64decode(outer["payload"]), outer["payloadType"]
+    signed = b" ".join([b"DSSEv1", str(len(kind)).encode(), kind.encode(), str(len(body)).encode(), body])
+    key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(_raw(good[1].read_text())))
+    key.verify(base64.b64decode(outer["signatures"][0]["sig"]), signed)
+    with pytest.raises(InvalidSignature):
+        key.verify(base64.b64decode(outer["signatures"][0]["sig"]), signed + b" ")
+    content = json.loads(body)
+    assert content["_type"] == "https://in-toto.io/Statement/v1"
+    assert {item["name"] for item in content["subject"]} == set(output.SIGNED)
+
+
+def test_crate(good: tuple[Path, Path]) -> None:
+    """What RO-Crate 1.1 demands: descriptor, root data set, and an entity for everything that is referred to."""
+    content = json.loads((good[0] / output.CRATE).read_text())
+    assert content["@context"] == "https://w3id.org/ro/crate/1.1/context"
+    entities = {item["@id"]: item for item in content["@graph"]}
+    assert len(entities) == len(content["@graph"])
+    descriptor = entities["ro-crate-metadata.json"]
+    assert descriptor["conformsTo"]["@id"] == "https://w3id.org/ro/crate/1.1"
+    root = entities[descriptor["about"]["@id"]]
+    assert {"name", "description", "datePublished", "license", "author", "publisher"} <= root.keys()
+    assert all((good[0] / part["@id"]).is_file() for part in root["hasPart"])
+
+    def references(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            yield from [value["@id"]] if set(value) == {"@id"} else []
+            for inner in value.values():
+                yield from references(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from references(inner)
+
+    known = entities.keys() | {"https://w3id.org/ro/crate/1.1"}
+    assert set(references(content["@graph"])) <= known
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(extra=1), "Additional properties"),
+        (lambda c: c["cells"][0].update(verdict="FINE"), "FINE"),
+        (lambda c: c.pop("limits"), "limits"),
+        (lambda c: c.update(exit_code=7), "7"),
+    ],
+)
+def test_schema(good: tuple[Path, Path], change: Callable[[Any], None], message: str) -> None:
+    report = json.loads((good[0] / "report.json").read_text())
+    output.check(report)
+    change(report)
+    with pytest.raises(UserError, match=message):
+        output.check(report)
+
+
+def test_verdicts_are_computed_again(good: tuple[Path, Path]) -> None:
+    report = json.loads((good[0] / "report.json").read_text())
+    assert output.recheck(report) == []
+    report["cells"][3]["inputs"]["evidence"]["identical"] = False
+    assert "says EXACT, its inputs give DIVERGED" in output.recheck(report)[0]
+
+
+def test_keys(tmp_path: Path) -> None:
+    statement.new_keys(tmp_path / "k")
+    assert (tmp_path / "k").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(UserError, match="never overwritten"):
+        statement.new_keys(tmp_path / "k")
+    with pytest.raises(UserError, match="not a private key"):
+        statement.private_key(tmp_path / "k.pub")
+    with pytest.raises(UserError, match="not a public key"):
+        statement.public_key(tmp_path / "k")
+
+
+def test_conclusion() -> None:
+    good, bad = {"verdict": "EXACT", "level": 1}, {"verdict": "DIVERGED", "level": 2}
+    check = integrity.Check("x", "fail", "")
+    yes, no = {"differs": True}, {"differs": False}
+    assert levels.conclude(1, [], [good], [yes]) == ("REPRODUCED", "all 1 cells recomputed")
+    again = {"verdict": "EXACT", "level": 2}
+    assert levels.conclude(2, [], [good, again], [yes])[1] == "all 2 cells, 1 of them by re-runs"
+    assert levels.conclude(1, [], [good], [yes, no])[0] == "INCONCLUSIVE"
+    assert levels.conclude(1, [], [good, {"verdict": "MISSING"}], [yes])[0] == "INCONCLUSIVE"
+    assert levels.conclude(1, [], [good, bad, {"verdict": "MISSING"}], [yes])[0] == "DIVERGED"
+    assert levels.conclude(1, [check], [good], [yes])[0] == "DIVERGED"
+
+
+@pytest.mark.slow
+def test_command_line(project: Project, root: Path, tmp_path: Path) -> None:
+    """Exit codes and single lines of the commands."""
+
+    def run(*arguments: str, folder: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        env = os.environ | {"PYTHONPATH": str(root)}
+        command = [sys.executable, "-m", "mirepro", *arguments]
+        return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+    assert run("keys", "new", "auditor").returncode == 0
+    result = run("audit", str(project.root), "--level", "0", "--key", "auditor", "-o", "out")
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "report: out/report.html")
+    result = run("audit", str(project.root), "-o", "again")
+    assert (result.returncode, "198 EXACT" in result.stdout) == (0, True), result.stdout
+    result = run("verify", "out", "--key", "auditor.pub")
+    assert (result.returncode, "signature: good" in result.stdout) == (0, True)
+    inside = shutil.copytree(project.root, tmp_path / "audited")
+    result = run("audit", ".", "--level", "0", folder=inside)
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "report: ../audit-report/report.html")
+    for arguments, message in (
+        (("audit", "nowhere"), "no such folder"), (("audit", ".", "-o", "x"), "lies in the audited folder"),
+        (("audit", str(project.root), "--level", "9"), "--level: 9"), (("verify", "nowhere"), "no such file"),
+        (("audit", str(project.root), "--seeds", "3"), "with --level 3"),
+    ):  # fmt: skip
+        result = run(*arguments)
+        assert (result.returncode, message in result.stderr, len(result.stderr.splitlines())) == (2, True, 1), result
+
+
+PROBE = """
+import os, pathlib, socket, sys
+place = pathlib.Path(sys.argv[1])
+for name, act in {
+    "home": lambda: pathlib.Path.home().joinpath("secret").read_text(),
+    "network": lambda: socket.create_connection(("127.0.0.1", int(sys.argv[2])), 1),
+    "outside": lambda: place.joinpath("secret").read_text(),
+    "system": lambda: pathlib.Path("/usr/x").write_text("x"),
+    "box": lambda: pathlib.Path("made").write_text("x"),
+}.items():
+    try:
+        act()
+        print(name, "possible")
+    except OSError as error:
+        print(name, "refused")
+"""
+
+
+def test_sandbox(tmp_path: Path) -> None:
+    """No network, no home, nothing outside, a read-only system; a plain process can do all of it."""
+    import socket
+
+    if sandbox.find(False).kind != sandbox.BUBBLEWRAP:
+        pytest.skip("bubblewrap is not installed or may not be used here")
+    (tmp_path / "box").mkdir()
+    (tmp_path / "secret").write_text("x")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        probe = [sys.executable, "-c", PROBE, str(tmp_path), str(server.getsockname()[1])]
+        walls = sandbox._walls(str(shutil.which("bwrap")), [tmp_path / "box"])
+        inside = [*walls, "--chdir", str(tmp_path / "box"), "--setenv", "HOME", str(tmp_path), "--", *probe]
+        found = subprocess.run(inside, capture_output=True, text=True, check=True).stdout.split("\n")
+        env = os.environ | {"HOME": str(tmp_path)}
+        free = subprocess.run(probe, capture_output=True, text=True, check=True, cwd=tmp_path / "box", env=env).stdout
+    refused = {line.split()[0] for line in found if "refused" in line}
+    assert refused == {"home", "network", "outside", "system"}
+    assert "box possible" in found
+    assert all(f"{word} possible" in free for word in ("home", "network", "outside"))
+
+
+def test_foreign_code_needs_a_sandbox(project: Project, tmp_path: Path) -> None:
+    nowhere = sandbox.Sandbox(sandbox.NONE)
+    with pytest.raises(UserError, match="--trust-code"):
+        sandbox.execute(nowhere, tmp_path, project.profile, "toy", own=False)
+    assert replace(nowhere, trusted=True).trusted
+
+
+@pytest.mark.slow
+def test_self_test(project: Project, tmp_path: Path) -> None:
+    """Every tamper is caught, and by the check that is there for it."""
+    found = {item.tamper: item.by for item in selftest.run(project.root, "desk", tmp_path / "work")}
+    assert all(found.values()), found
+    words = {
+        "a metric's value": "T1/", "a table's cell": "T1/", "one bit of a checkpoint": "inputs: evaluate@",
+        "one bit of a data shard": "data: ", "a manifest's entry": "data: ", "dvc.lock": "outputs: ",
+        "a parameter": "parameters: ", "code under a lock": "code: ", "the report": "outputs: report",
+        "the policy, after the commit": "policy: ", "the publisher's signature": "signature: ",
+        "a checkpoint and dvc.lock, consistently": "signature: dvc.lock",
+    }  # fmt: skip
+    assert {name: found[name].startswith(start) for name, start in words.items()} == dict.fromkeys(words, True)
+
+
+def test_self_test_notices_nothing_where_nothing_was_done(project: Project, tmp_path: Path) -> None:
+    bench = selftest.Bench(tmp_path, tmp_path / "base", "desk")
+    shutil.copytree(project.root, bench.base)
+    statement.new_keys(bench.keys)
+    selftest.sign(bench, bench.base)
+    before = bench.findings(bench.options(bench.base, 0))
+    folder = bench.copy()
+    assert selftest._found(bench, folder, 0, before) == ""
+    selftest.flip(folder / "runs/desk/pretrain/ir-s0/encoder.safetensors")
+    assert selftest._found(bench, folder, 0, before) != ""

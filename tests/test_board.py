@@ -1,0 +1,35 @@
+"""What a reproduction shows, on a terminal and elsewhere."""
+
+import time
+
+import pytest
+
+from mirepro.launch.board import Board, Line, clock
+
+
+def test_clock() -> None:
+    assert clock(59.6) == "1:00"
+    assert clock(3723) == "1:02:03"
+
+
+def shown(job: str = "") -> None:
+    """A board of two stages, one of which has ended."""
+    with Board({"toy": 10.0, "pretrain@ir-s0": 100.0}, 1) as board:
+        board.finish("toy", 20.0, True)
+        board.show([Line("pretrain@ir-s0", time.monotonic() - 50, "25%  loss 1.5", "RUNNING" if job else "", job)])
+
+
+def test_a_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("TTY_COMPATIBLE", "1"), ("TERM", "xterm"), ("COLUMNS", "90"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    shown()
+    lines = capsys.readouterr().err.splitlines()
+    assert any("1 of 2 stages, 0:00, about 3:20 left" in line for line in lines)  # twice as slow as expected
+    assert any(line.split() == ["pretrain@ir-s0", "0:50", "2:30", "25%", "loss", "1.5"] for line in lines)
+
+
+def test_elsewhere_there_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    shown()
+    assert capsys.readouterr().err == "[1/2] toy done in 20.0 s  about 3:20 left\n"
+    shown(job="17")
+    assert capsys.readouterr().err.splitlines()[1:] == ["pretrain@ir-s0 is job 17"]

@@ -1,0 +1,86 @@
+"""`mirepro plan`: counted work, rates that are missing, and predictions that follow the work."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mirepro import files, profiles
+from mirepro.launch import budget
+from mirepro.launch.budget import Work
+
+RATES = {"encoder": 1e9, "scan": 2e9, "assign": 4e9, "solve": None, "start": {"pretrain": 1.0}}
+
+
+@pytest.fixture(scope="module")
+def paper(root: Path) -> profiles.Profile:
+    """The full-scale profile."""
+    return profiles.load(root, "imagenet")
+
+
+def test_resnet18_has_the_known_cost(paper: profiles.Profile) -> None:
+    macs, weights, flat, pooled = budget.encoder(paper.run("ir-s0"))
+    assert macs == pytest.approx(1.814e9, rel=0.01)  # torchvision's ResNet-18 without its classifier
+    assert weights == 11_176_512 + 513 * 128
+    assert (flat, pooled) == (25_088, 512)
+
+
+def test_work_grows_as_it_must(paper: profiles.Profile) -> None:
+    sizes = budget.data(paper.root, "imagenet")
+    names = ("ir", "ring", "la", "cmc", "random", "moco", "moco_ring", "simclr")
+    works = {name: budget.pretraining(paper.run(f"{name}-s0"), sizes) for name in names}
+    assert works["ir"].scan == works["random"].scan == 0
+    assert works["ring"].scan == pytest.approx(200 * sizes.train**2 * 128, rel=1e-3)
+    assert works["la"].scan == works["ring"].scan
+    assert works["la"].assign == pytest.approx(199 * 10 * 6 * sizes.train * 30_000 * 128)
+    assert works["ring"].assign == 0
+    assert works["ir"].encoder > 590 * works["random"].encoder
+    assert works["ir"].memory < 0.03 * 3 * 256**2 * sizes.train  # images that do not fit are read batch by batch
+    small = replace(sizes, train=5000)
+    assert budget.pretraining(paper.run("ir-s0"), small).memory > 3 * 256**2 * small.train  # those that fit are kept
+    assert works["moco"].encoder == pytest.approx(4 / 3 * works["ir"].encoder, rel=0.01)
+    assert works["simclr"].encoder == pytest.approx(2 * works["ir"].encoder, rel=0.01)
+    assert works["moco_ring"].scan == pytest.approx(200 * sizes.train * 65536 * 128, rel=1e-3)
+    longer = replace(paper.run("ir-s0"), pretrain=replace(paper.run("ir-s0").pretrain, epochs=400))
+    assert budget.pretraining(longer, sizes).encoder == pytest.approx(2 * works["ir"].encoder, rel=0.01)
+
+
+def test_a_missing_rate_gives_no_number() -> None:
+    assert budget.seconds(Work(3e9, 4e9, 2e9, 0, 0, 0), RATES, "pretrain") == 1 + 3 + 2 + 0.5
+    assert budget.seconds(Work(3e9, 4e9, 0, 1.0, 0, 0), RATES, "pretrain") is None
+
+
+def test_the_plan_names_every_row_and_says_what_it_leaves_out(paper: profiles.Profile) -> None:
+    text = "\n".join(budget.lines(paper))
+    for row in paper.rows:
+        assert f"pretrain@{row} " in text
+    assert "not measured" in text
+    assert "not predicted: 120 detection stages" in text
+
+
+def test_the_committed_check_is_close(root: Path) -> None:
+    check = files.read_json(root / budget.RATES)["check"]
+    for facts in check.values():
+        assert facts["runs"] >= 40
+        assert 0.75 < facts["median"] < 1.33
+
+
+def test_memory_is_that_of_measured_runs(root: Path) -> None:
+    """Peaks of single runs (ring-s0): 804 MB pretraining, 942 MB evaluation, with the libraries."""
+    profile = profiles.load(root, "desk")
+    works, libraries = budget.works(profile), files.read_json(root / budget.RATES)["libraries_gb"]
+    for name, peak in (("pretrain@ring-s0", 0.804), ("evaluate@ring-s0", 0.942)):
+        assert 0.7 < (works[name].memory / 1e9 + libraries) / peak < 1.4, works[name].memory
+
+
+def test_disk_is_that_of_the_recorded_outputs(root: Path) -> None:
+    """Every pretraining and evaluation of the desk profile against the sizes in dvc.lock."""
+    lock = yaml.load((root / "dvc.lock").read_text(), yaml.CSafeLoader)["stages"]
+    ratios = {}
+    for name, work in budget.works(profiles.load(root, "desk")).items():
+        ratios[name] = work.disk / sum(out["size"] for out in lock[name]["outs"] if out["path"].startswith("runs/"))
+    assert len(ratios) == 130
+    assert all(0.85 < ratio < 1.15 for ratio in ratios.values()), ratios
+    evaluations = [ratio for name, ratio in ratios.items() if name.startswith("evaluate@")]
+    assert not any(0.85 < 8 * ratio < 1.15 for ratio in evaluations)  # control: a byte an answer instead of a bit

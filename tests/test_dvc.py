@@ -1,0 +1,191 @@
+"""What a killed DVC leaves: a cut dvc.lock is repaired from its own whole entries and the last commit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mirepro.launch import dvc
+
+
+@pytest.fixture
+def lock(root: Path, tmp_path: Path) -> Path:
+    """A repository whose committed dvc.lock is the desk profile's."""
+    path = tmp_path / "dvc.lock"
+    path.write_bytes((root / "dvc.lock").read_bytes())
+    for command in (["init", "-q"], ["add", "dvc.lock"], ["commit", "-qm", "lock"]):
+        name = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *name, *command], check=True)
+    return path
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0003, 0.01, 0.33, 0.5, 0.77, 0.9999])
+def test_a_cut_lock_is_made_whole(lock: Path, share: float, capsys: pytest.CaptureFixture[str]) -> None:
+    text = lock.read_text()
+    lock.write_text(text[: int(share * len(text))])
+    dvc.mend(lock.parent, "dvc.yaml")
+    assert lock.read_text() == text
+    assert "half-written by a killed dvc; repaired" in capsys.readouterr().err
+
+
+def _cut(text: str, line: str) -> str:
+    """The text up to and with the first such line behind its middle."""
+    place = text.index(f"\n{line}", len(text) // 2)
+    return text[: text.index("\n", place + 1) + 1]
+
+
+# Most cuts behind such a line leave YAML of the right form; the last three come after `outs:`.
+LINES = ("  pretrain@", "    cmd: ", "    deps:", "    - path: locks", "            lr:", "        tier:", "    outs:")
+LINES_OF_OUTPUTS = ("    - path: runs", "      size: ", "      nfiles: ")
+
+
+@pytest.mark.parametrize("line", LINES + LINES_OF_OUTPUTS)
+def test_a_cut_at_a_line_end_is_seen(lock: Path, line: str) -> None:
+    text = lock.read_text()
+    lock.write_text(_cut(text, line))
+    dvc.mend(lock.parent, "dvc.yaml")
+    assert lock.read_text() == text
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_entries_written_before_the_cut_win(lock: Path, line: str) -> None:
+    text = lock.read_text().replace("nfiles: 21", "nfiles: 22", 1)
+    assert text != lock.read_text()
+    lock.write_text(_cut(text, line))
+    dvc.mend(lock.parent, "dvc.yaml")
+    assert lock.read_text() == text
+
+
+def test_half_a_copy_is_removed_and_nothing_else(lock: Path) -> None:
+    folder = lock.parent / "metrics" / "desk"
+    folder.mkdir(parents=True)
+    for name in (".vdlxo4sJyBbSqfAsBodKAw.tmp", ".vdlxo4sJyBbSqfAs.tmp", "a.tmp", "ir.json"):
+        (folder / name).write_bytes(b"")
+    dvc.mend(lock.parent, "dvc.yaml")
+    assert sorted(path.name for path in folder.iterdir()) == [".vdlxo4sJyBbSqfAs.tmp", "a.tmp", "ir.json"]
+
+
+def test_a_whole_lock_is_left_alone(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock.write_text(lock.read_text().replace("nfiles: 21", "nfiles: 22", 1))
+    before = lock.stat().st_mtime_ns
+    dvc.mend(lock.parent, "dvc.yaml")
+    assert lock.stat().st_mtime_ns == before
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_without_a_commit_the_whole_entries_stay(tmp_path: Path, root: Path, line: str) -> None:
+    text = (root / "dvc.lock").read_text()
+    (tmp_path / "dvc.lock").write_text(_cut(text, line))
+    dvc.mend(tmp_path, "dvc.yaml")
+    kept = yaml.safe_load((tmp_path / "dvc.lock").read_text())["stages"]
+    whole = yaml.safe_load(text)["stages"]
+    assert 10 < len(kept) < len(whole)
+    assert all(whole[name] == entry for name, entry in kept.items())
+    (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages:\n  code:\n    cm")
+    dvc.mend(tmp_path, "dvc.yaml")
+    assert not (tmp_path / "dvc.lock").exists()
+
+
+def test_claims_of_the_dead_are_dropped_and_those_of_a_dvc_at_work_kept(tmp_path: Path) -> None:
+    claims = tmp_path / ".dvc" / "tmp" / "rwlock"
+    claims.parent.mkdir(parents=True)
+    command = [sys.executable, "-c", "input()", "dvc"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as living:
+        contents = {
+            "": False,
+            '{"write": {"a": {"pid": 1': False,
+            json.dumps({"write": {"a": {"pid": os.getpid(), "cmd": "dvc repro"}}}): False,  # a number used again
+            json.dumps({"read": {"a": [{"pid": living.pid, "cmd": "dvc repro"}]}}): True,
+        }
+        for content, kept in contents.items():
+            claims.write_text(content)
+            dvc.mend(tmp_path, "dvc.yaml")
+            assert claims.exists() is kept, content
+        living.communicate(b"\n")
+
+
+KILLED = """
+import os, sys
+from dvc.utils.serialize import dump_yaml, modify_yaml
+from mirepro.launch.dvc import make_atomic
+if sys.argv[1] == "atomic":
+    make_atomic()
+out = {"path": "a", "md5": "0", "size": 1}
+data = {"stages": {f"stage{i}": {"cmd": "x", "outs": [out]} for i in range(500)}}
+dump_yaml("dvc.lock", data)
+import ruamel.yaml.emitter as emitter
+original, count = emitter.Emitter.expect_block_mapping_key, [0]
+def dying(self, *arguments, **options):
+    count[0] += 1
+    if count[0] > 1500:
+        os._exit(9)
+    return original(self, *arguments, **options)
+emitter.Emitter.expect_block_mapping_key = dying
+with modify_yaml("dvc.lock") as content:
+    content["stages"]["stage0"]["cmd"] = "y"
+"""
+
+
+@pytest.mark.parametrize("how", ["atomic", "plain"])
+def test_dying_while_writing_the_lock(tmp_path: Path, how: str) -> None:
+    """The control is DVC as it is: there the file is cut."""
+    env = os.environ | {"PYTHONPATH": str(Path(dvc.__file__).parent.parent.parent)}
+    assert subprocess.run([sys.executable, "-c", KILLED, how], cwd=tmp_path, env=env).returncode == 9
+    assert dvc.is_whole((tmp_path / "dvc.lock").read_text()) == (how == "atomic")
+
+
+QUICK = """
+import sys
+from pathlib import Path
+from dvc import dvcfile
+from mirepro.launch import dvc
+if sys.argv[1] == "quick":
+    dvc.make_atomic()
+    dvc.make_quick()
+def change(entry):
+    with dvcfile.modify_yaml("dvc.lock") as data:
+        data.update({"schema": "2.0"})
+        data["stages"] = data.get("stages", {})
+        data["stages"].update(entry)
+names = sys.argv[2:]
+long = {"text": "word " * 40, "float": 1e-07, "list": [1, 2.5, None, True], "empty": {}, "odd: key": "it's"}
+for name in (names[0], names[7], names[-1], "new@stage", "a: b"):
+    out = {"path": "runs/x", "hash": "md5", "md5": "0" * 32, "size": 1}
+    change({name: {"cmd": f"mirepro {name}", "params": {"params.yaml": long}, "outs": [out]}})
+change({})
+"""
+
+
+@pytest.mark.slow
+def test_quick_writes_have_the_bytes_of_plain_dvc(lock: Path) -> None:
+    """Entries changed at the front, in the middle and at the end, new ones, and a lock that has none yet."""
+    before, names = lock.read_bytes(), list(yaml.safe_load(lock.read_text())["stages"])
+    env = os.environ | {"PYTHONPATH": str(Path(dvc.__file__).parent.parent.parent)}
+    for start in (before, b"schema: '2.0'\nstages:\n" + before.split(b"stages:\n")[1], b"# mine\n" + before):
+        texts = {}
+        for how in ("plain", "quick"):
+            lock.write_bytes(start)
+            subprocess.run([sys.executable, "-c", QUICK, how, *names], cwd=lock.parent, env=env, check=True)
+            texts[how] = lock.read_text()
+        assert texts["quick"] == texts["plain"]
+        assert len(dvc.entries(texts["quick"])) == len(names) + 2
+
+
+def test_only_changed_entries_are_written_anew(lock: Path) -> None:
+    """Control: an entry that counts as unchanged keeps its text, whatever a new writing would make of it."""
+    text = lock.read_text()
+    before = yaml.safe_load(text)["stages"]
+    first, second = list(before)[:2]
+    data = {"stages": before | {second: {"cmd": "new"}}}
+    spliced = dvc.spliced(text, before, data, lambda lock: yaml.safe_dump(lock, sort_keys=False))
+    old, new = dvc.entries(text), dvc.entries(spliced)
+    assert new[f"  {second}:"] == f"  {second}:\n    cmd: new\n"
+    assert {name: entry for name, entry in new.items() if second not in name} == {
+        name: entry for name, entry in old.items() if second not in name
+    }
+    assert first in spliced

@@ -1,0 +1,81 @@
+"""Images by batch: the same bytes kept in memory or read from the shards, by any number of threads."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mirepro import pretrain
+from mirepro.data import images, shards
+from mirepro.errors import UserError
+from tests.test_pretrain import bytes_of, data, run, train
+
+__all__ = ["data"]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_read_or_kept_the_images_are_the_same(data, monkeypatch, threads):
+    split, index = shards.open(data, "train"), torch.tensor([7, 3, 3, 79, 0])
+    kept = images.Images(split, threads)
+    monkeypatch.setattr(images, "MEMORY", 0)
+    read = images.Images(split, threads)
+    assert torch.equal(kept[index], read[index])
+    assert torch.equal(read[index], torch.from_numpy(split.images(None))[index])
+    assert (len(read), read[index].dtype) == (80, torch.uint8)
+    assert not torch.equal(read[index], read[index.flip(0)])  # control: the order is the index's
+
+
+def test_what_is_read_is_not_held(data, monkeypatch):
+    """No more than a batch is decoded for a batch; the control is a split that is kept."""
+    decoded, original = [], shards.Split.image
+    monkeypatch.setattr(shards.Split, "image", lambda self, i, size=None: decoded.append(i) or original(self, i, size))
+    for memory, first, second in ((0, 1, 4), (10**6, 81, 0)):
+        monkeypatch.setattr(images, "MEMORY", memory)
+        decoded.clear()
+        split = images.Images(shards.open(data, "train"))
+        assert len(decoded) == first
+        decoded.clear()
+        split[torch.arange(4)]
+        assert len(decoded) == second
+
+
+@pytest.mark.parametrize("name", ["ring", "moco", "random"])
+def test_a_run_from_the_shards_equals_one_from_memory(data, tmp_path, monkeypatch, name):
+    params = run(name, epochs=0 if name == "random" else 2)
+    kept = train(params, data, tmp_path / "kept")
+    monkeypatch.setattr(images, "MEMORY", 0)
+    assert bytes_of(train(params, data, tmp_path / "read")) == bytes_of(kept)
+
+
+def test_images_of_different_sizes_are_refused(tmp_path, monkeypatch):
+    def picture(i):
+        out = io.BytesIO()
+        Image.fromarray(np.full((8, 8 + (i == 3), 3), i, np.uint8)).save(out, "PNG")
+        return shards.Sample(f"{i}", out.getvalue(), ".png", 0, [])
+
+    shards.write(tmp_path, "x", {"train": [picture(i) for i in range(4)]}, {"classes": ["a"]})
+    monkeypatch.setattr(images, "MEMORY", 0)
+    read = images.Images(shards.open(tmp_path, "train"))
+    assert read[torch.arange(3)].shape == (3, 3, 8, 8)
+    with pytest.raises(UserError, match="different sizes"):
+        read[torch.arange(4)]
+
+
+@pytest.mark.parametrize(("device", "tier", "said"), [("tpu", "exact", "'tpu'"), ("cuda", "portable", "tier portable")])
+def test_devices(device, tier, said):
+    params = run()
+    wrong = dataclasses.replace(params, tier=tier, pretrain=dataclasses.replace(params.pretrain, device=device))
+    with pytest.raises(UserError, match=said):
+        pretrain.device(wrong)
+    assert pretrain.device(params) == torch.device("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_no_device_is_said_in_one_line():
+    params = run()
+    absent = dataclasses.replace(params, tier="exact", pretrain=dataclasses.replace(params.pretrain, device="cuda"))
+    with pytest.raises(UserError, match="no CUDA device"):
+        pretrain.device(absent)

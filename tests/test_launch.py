@@ -1,0 +1,347 @@
+"""Site files, commands about jobs, and jobs of this machine that outlive the command."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import slurm_jobs
+from cluster import until
+from miniature import Miniature
+
+from mirepro import execution, site, stages
+from mirepro.errors import UserError
+from mirepro.launch import slurm, waves
+from mirepro.launch.container import Container
+from mirepro.launch.launcher import uninterrupted
+from mirepro.launch.ledger import Attempt
+from mirepro.launch.plan import Plan
+from mirepro.launch.scheduler import Local, Request
+from mirepro.launch.task import BARREN, Task
+from mirepro.site import Section, parse_minutes
+
+DIGEST = "registry.example.org/mirepro@sha256:0123"
+
+
+def load(tmp_path: Path, text: str) -> site.Site:
+    """A site file's text as a site."""
+    (tmp_path / "launch").mkdir(exist_ok=True)
+    (tmp_path / "launch" / "lab.toml").write_text(text)
+    return site.load(tmp_path, "lab", stages.JOBS)
+
+
+def test_example_is_right_and_names_every_key(root: Path) -> None:
+    place = site.load(root, "example", stages.JOBS)
+    assert set(place.sections) == set(stages.JOBS)
+    assert place.section("pretrain").minutes == 240
+    text = (root / "launch" / "example.toml").read_text()
+    for cls in (Section, site.Site):
+        for name in cls.__dataclass_fields__.keys() - {"name", "sections"}:
+            assert re.search(rf"\b{name} = |\[{name}", text) or name in ("nodes", "tasks"), name
+
+
+def test_sections_start_from_all(tmp_path: Path) -> None:
+    place = load(tmp_path, "poll = 2\n[all]\ntime = '2:00:00'\nmemory = '4G'\n[pretrain]\ngpus = 2\ntime = 30\n")
+    assert (place.section("toy").minutes, place.section("toy").gpus) == (120, 0)
+    assert (place.section("pretrain").minutes, place.section("pretrain").memory) == (30, "4G")
+    assert place.poll == 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pol = 3", "pol: unknown key; did you mean 'poll'"),
+        ("[pretrian]", "pretrian: unknown section; did you mean 'pretrain'"),
+        ("[all]\npartitions = 'x'", "all: partitions: unknown key; did you mean 'partition'"),
+        ("[all]\nzzz = 1", "all: zzz: unknown key; known: account, binds"),
+        ("[all]\ngpus = 'two'", "gpus: expected int, got 'two'"),
+        ("[all]\ngpus = -1", "gpus: -1 is impossible"),
+        ("[all]\ntime = 'noon'", "time: 'noon' is no time"),
+        ("[all]\ntime = 1", "grace: 60 is impossible"),
+        ("[all]\nmemory = 'much'", "memory: 'much' is impossible"),
+        ("[all]\nimage = 'mirepro:latest'", "image: 'mirepro:latest' is impossible; use a digest"),
+        ("[all]\nruntime = 'docker'", "runtime: 'docker' is impossible; use podman or apptainer or pyxis"),
+        ("[all]\noptions = {partition = 'x'}", "options.partition: set by the launcher"),
+        ("executor = 'pbs'", "executor: 'pbs' is impossible; use slurm or local"),
+        ("retries = -1", "retries: -1 is impossible"),
+        ("x = ", "not valid TOML"),
+    ],
+)
+def test_mistakes_name_file_key_and_remedy(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, text)
+    assert message in str(caught.value)
+    assert "lab.toml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(tmp_path, "")
+    with pytest.raises(UserError, match=r"no file .*moon.toml; known: inline, slurm, local, lab"):
+        site.load(tmp_path, "moon", stages.JOBS)
+    monkeypatch.setenv(site.VARIABLE, "inline")
+    assert site.chosen(tmp_path, stages.JOBS) is None
+    monkeypatch.setenv(site.VARIABLE, "local")
+    chosen = site.chosen(tmp_path, stages.JOBS)
+    assert chosen is not None
+    assert chosen.executor == "local"
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [(90, 90), ("90", 90), ("90:30", 91), ("1:30:00", 90), ("1-12", 2160), ("1-12:30", 2190), ("2-00:00:01", 2881)],
+)
+def test_times_as_slurm_writes_them(text: str | int, minutes: int) -> None:
+    assert parse_minutes(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "0", "1:2:3:4", "-5", "1h"])
+def test_no_times(text: str) -> None:
+    with pytest.raises(UserError, match="is no time"):
+        parse_minutes(text)
+
+
+def test_request_becomes_options(tmp_path: Path) -> None:
+    section = Section(partition="gpu", gpus=2, nodes=3, tasks=2, memory="8G", time="2:00:00", options={"nice": 5})
+    values = slurm.parameters(Request("a", tmp_path, tmp_path, print, section, 1, 4))
+    assert (values["time"], values["nodes"], values["ntasks_per_node"], values["gpus_per_node"]) == (120, 3, 2, 2)
+    assert (values["cpus_per_task"], values["mem"], values["partition"]) == (4, "8G", "gpu")
+    assert values["additional_parameters"] == {"requeue": True, "nice": 5}
+    assert "account" not in values
+    assert "teardown" not in values
+
+
+def test_container_commands(tmp_path: Path) -> None:
+    def words(runtime: str) -> Container:
+        return Container(tmp_path, Section(image=DIGEST, runtime=runtime, gpus=1, binds=("/data", "/a:/b")))
+
+    podman = words("podman").python()
+    assert podman.startswith("sh -c 'export MIREPRO_CLIENT=$$; exec podman run --rm ")
+    assert f"--volume {tmp_path}:{tmp_path} --volume /data:/data --volume /a:/b" in podman
+    assert "SLURM_*" in podman
+    assert podman.endswith(f"""--entrypoint python3 {DIGEST} "$@"' podman""")
+    assert f"--nv --pwd {tmp_path}" in words("apptainer").python()
+    assert words("apptainer").python().endswith(f"docker://{DIGEST} python3")
+    assert words("pyxis").python() == "python3"
+    assert words("pyxis").srun[0] == f"--container-image={DIGEST}"
+
+
+def test_image_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    jobs = [execution.Job({}, (), lambda *_: {}, "m.json", image=image) for image in (None, DIGEST, DIGEST + "4")]
+    assert len({execution.fingerprint(tmp_path, "toy", job) for job in jobs}) == 3
+
+
+def test_job_whose_limit_is_too_short_gives_up(tmp_path: Path) -> None:
+    def again(seconds: float) -> Task:
+        task = Task(print, tmp_path, seconds)
+        task()
+        for _ in range(BARREN - 1):
+            task.checkpoint()
+        return task
+
+    with pytest.raises(RuntimeError, match="without a new checkpoint; raise `time`"):
+        again(-1.0).checkpoint()  # every run reaches its limit
+    again(3600.0).checkpoint()  # preempted long before it
+    task = again(-1.0)
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "step").touch()
+    task.checkpoint()
+
+
+def test_keep_going_leaves_out_what_needs_the_failed_stage() -> None:
+    needs: dict[str, set[str]] = {"a": set(), "b": {"a"}, "c": {"b"}, "d": set()}
+    assert waves._needing(Plan(needs, list(needs), {}), "a") == {"b", "c"}
+    assert waves._needing(Plan(needs, list(needs), {}), "d") == set()
+
+
+class Computed:
+    """A computation that is over."""
+
+    exitcode, pid = 0, None
+
+
+class GroupStarter:
+    """Starts stages that are computed already; a DVC that collects `bad` among others fails for all of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.groups, self.done = folder, [], []
+
+    def start(self, name: str) -> waves.Running:
+        log = self.folder / f"{name}.log"
+        log.touch()
+        return waves.Running(name, Computed(), log, log)
+
+    def recorded(self, names: list[str]) -> None:
+        self.done += names
+
+    def collect(self, items: list[waves.Running]) -> None:
+        self.groups.append([item.name for item in items])
+        code = "exit 1" if "bad" in self.groups[-1] else "exit 0"
+        process = subprocess.Popen(["sh", "-c", code], start_new_session=True)
+        for item in items:
+            item.process, item.mates = process, len(items)
+
+
+@pytest.mark.parametrize("names", [["a", "bad", "b", "c"], ["a", "b", "c"]])
+def test_a_group_that_dvc_refuses_is_collected_one_by_one(tmp_path: Path, names: list[str]) -> None:
+    starter = GroupStarter(tmp_path)
+    plan = Plan({name: set() for name in names}, names, {})
+    wave = waves.Wave(starter, plan, 8, waves.Board({}, 8, quiet=True))  # type: ignore[arg-type]
+    if "bad" in names:
+        with pytest.raises(waves.StageFailed, match=r"^bad failed \(exit 1\)") as caught:
+            wave.run()
+        assert "failed" not in str(caught.value).replace("bad failed", "")
+        assert sorted(starter.groups[1:]) == [[name] for name in sorted(names)]
+    else:
+        wave.run()
+    assert starter.groups[0] == names
+    assert sorted(starter.done) == sorted(set(names) - {"bad"})
+    assert len(starter.groups) == (1 + len(names) if "bad" in names else 1)
+
+
+def test_local_job_is_known_by_its_start_not_its_number_alone(tmp_path: Path) -> None:
+    local = Local()
+    sleeper = subprocess.Popen(["sleep", "30"], start_new_session=True)
+    try:
+        identity = Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        attempt = Attempt("t", "f", "submitted", local.cluster(), f"{sleeper.pid}.{identity}")
+        stranger = Attempt("t", "f", "submitted", local.cluster(), f"{sleeper.pid}.1")
+        reboot = Attempt("t", "f", "submitted", local.cluster() + "0", attempt.job)
+        elsewhere = Attempt("t", "f", "submitted", "mars:1", attempt.job)
+        seen = [local.status(item, "x").phase for item in (attempt, stranger, reboot, elsewhere)]
+        assert seen == ["running", "absent", "absent", "unreachable"]
+        local.cancel(attempt, "x")
+        assert local.status(attempt, "x").phase == "absent"
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+@pytest.fixture
+def miniature(root: Path, tmp_path: Path) -> Miniature:
+    """A miniature whose jobs run on this machine."""
+    return Miniature(root, tmp_path / "repo")
+
+
+@pytest.mark.slow
+def test_local_jobs_and_the_commands_about_them(miniature: Miniature) -> None:
+    result = miniature.run("repro", "--launch", "local", "--jobs", "3")
+    assert result.returncode == 0, result.stderr
+    assert "pretrain@ball-s0 is job " in result.stderr
+    listing = miniature.run("jobs", "list").stdout
+    assert listing.count("FINISHED") == 7
+    assert "Job completed successfully" in miniature.run("jobs", "logs", "toy").stdout
+    assert "0 entries removed" in miniature.run("jobs", "prune").stdout
+    assert "7 entries removed" in miniature.run("jobs", "prune", "--days", "0").stdout
+    assert not list((miniature.root / ".mirepro" / "jobs").iterdir())
+    assert "not in the ledger" in miniature.run("jobs", "cancel", "toy").stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_waits_for_the_submission(number: signal.Signals) -> None:
+    """Another thread takes the signal where the main one blocks it; the control is the blocking alone."""
+
+    class Told(Exception):
+        pass
+
+    def tell(*_: object) -> None:
+        raise Told
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), number)
+        for _ in range(100):
+            time.sleep(0.001)
+
+    def submit() -> None:
+        with uninterrupted():
+            interrupt()
+            done.append("submitted")
+
+    done: list[str] = []
+    stop, mask = threading.Event(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    other = threading.Thread(target=stop.wait)
+    other.start()
+    before = signal.signal(number, tell)
+    try:
+        with pytest.raises(Told):
+            submit()
+        assert done == ["submitted"]
+        assert signal.getsignal(number) is tell
+        signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+        with pytest.raises(Told):
+            interrupt()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(number, before)
+        stop.set()
+        other.join()
+
+
+@pytest.mark.slow
+def test_interrupted_reproduction_detaches_and_comes_back(miniature: Miniature) -> None:
+    (miniature.root / "slow").touch()
+    command = [sys.executable, "-m", "mirepro", "repro", "pretrain@ring-s0", "--launch", "local"]
+    head = subprocess.Popen(command, cwd=miniature.root, env=miniature.environment, stderr=subprocess.PIPE, text=True)
+    entries = miniature.root / ".mirepro" / "jobs"
+    until(lambda: any('"state": "submitted"' in path.read_text() for path in entries.glob("*.json")), 60, "start")
+    head.send_signal(signal.SIGINT)
+    error = head.communicate(timeout=30)[1]
+    assert head.returncode == 130
+    found = re.search(r"detached; job (\d+) continues; rerun to re-attach, `mirepro jobs cancel \1` to stop", error)
+    assert found, error
+    assert f"{found[1]}  pretrain@ring-s0  local  RUNNING" in miniature.run("jobs", "list").stdout
+    head = subprocess.Popen(command, cwd=miniature.root, env=miniature.environment, stderr=subprocess.PIPE, text=True)
+    time.sleep(4)
+    assert f"{found[1]} pretrain@ring-s0: cancelled" in miniature.run("jobs", "cancel", found[1]).stdout
+    error = head.communicate(timeout=30)[1]
+    assert f"pretrain@ring-s0 is job {found[1]}" in error  # re-attached
+    assert head.returncode == 1
+    assert "cancelled by `mirepro jobs cancel`" in error
+    (miniature.root / "slow").unlink()
+    again = miniature.run("repro", "pretrain@ring-s0", "--launch", "local")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_failures_are_summed_up(miniature: Miniature) -> None:
+    miniature.edit("mirepro/toy.py", "def toy(params: ToyParams):", "def toy(params: ToyParams):\n    1 / 0")
+    result = miniature.run("repro", "--launch", "local", "--keep-going", "--jobs", "3")
+    assert result.returncode == 1
+    assert "ZeroDivisionError: division by zero (twice the same way); log: " in result.stderr
+    assert "not run: tables, report" in result.stderr
+    assert (miniature.root / "metrics/desk/evaluate/ring-s0.json").exists()
+
+
+@pytest.mark.slow
+def test_code_that_changed_after_submission_is_refused(miniature: Miniature) -> None:
+    """Locks are made before the submission; a job that finds other code must not compute under them."""
+    assert miniature.run("stage", "code").returncode == 0
+    miniature.edit("mirepro/toy.py", "", "\nx = 1\n")
+    result = miniature.run("stage", "toy", env=miniature.environment | {"MIREPRO_LAUNCH": "local"})
+    assert result.returncode == 1
+    assert "parameters, data or code changed after the job was submitted" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert miniature.run("stage", "code").returncode == 0
+    assert miniature.run("stage", "toy", env=miniature.environment | {"MIREPRO_LAUNCH": "local"}).returncode == 0
+
+
+def test_submission_cut_short_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller of a local job is found by its folder, and the job gets its pickle."""
+    from mirepro.launch.scheduler import pickled
+
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent.parent}{os.pathsep}{Path(__file__).parent}")
+    local, folder = Local(), tmp_path / "job"
+    folder.mkdir()
+    request = Request("a", tmp_path, folder, Task(lambda: slurm_jobs.hold(tmp_path), tmp_path, 60), Section(), 0)
+    job = local.submit(request)
+    assert local.find("a", folder) == job
+    assert local.find("a", tmp_path / "other") is None
+    local.cancel(Attempt("t", "job", "submitted", local.cluster(), job), "a")
+    (folder / f"{'0' * 32}.pkl").touch()
+    pickled(folder, "77.1")
+    assert (folder / "77_submitted.pkl").exists()

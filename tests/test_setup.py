@@ -1,0 +1,105 @@
+"""The set-up inside `make repro` and `make test`: what a bare machine lacks is one line with the remedy."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TOOLS = ("bash", "sh", "make", "df", "tail", "test", "grep", "sed", "find", "nproc", "touch", "expand", "env", "mkdir")
+GOOD = "#!/bin/sh\nexit 0\n"
+
+
+@pytest.fixture
+def bare(root: Path, tmp_path: Path) -> Path:
+    """A checkout and, in `bin`, the commands of a machine that has everything; nothing really installs."""
+    for name in ("Makefile", "portable.env", "requirements.lock", "pyproject.toml", "setup.py"):
+        shutil.copyfile(root / name, tmp_path / name)
+    (tmp_path / "bin").mkdir()
+    for tool in TOOLS:
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool) or tool)
+    command(tmp_path, "g++", GOOD)
+    # `python -m venv FOLDER` leaves itself there as FOLDER/bin/python.
+    venv = 'if [ "$2" = venv ]; then mkdir -p "$3/bin"; sed p -n "$0" > "$3/bin/python"; chmod +x "$3/bin/python"; fi\n'
+    command(tmp_path, "python3.11", f'#!/bin/sh\necho "$@" >> "{tmp_path}/calls"\n{venv}exit 0\n')
+    (tmp_path / "bin" / "chmod").symlink_to(shutil.which("chmod") or "chmod")
+    return tmp_path
+
+
+def command(folder: Path, name: str, script: str) -> None:
+    """A command of the machine."""
+    path = folder / "bin" / name
+    path.write_text(script)
+    path.chmod(0o755)
+
+
+def setup(folder: Path, target: str = "setup") -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": str(folder / "bin"), "HOME": str(folder)}
+    return subprocess.run(["make", target], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_everything_is_there_and_a_second_call_installs_nothing(bare: Path) -> None:
+    first = setup(bare)
+    assert first.returncode == 0, first.stderr
+    calls = (bare / "calls").read_text()
+    assert "pip -qq --disable-pip-version-check install --require-hashes -r requirements.lock" in calls
+    assert "install --no-build-isolation --no-deps -e ." in calls
+    (bare / "calls").unlink()
+    assert setup(bare).returncode == 0
+    assert not (bare / "calls").exists()
+    os.utime(bare / "requirements.lock", (2**33, 2**33))  # a newer lock is installed
+    assert setup(bare).returncode == 0
+    assert "--require-hashes" in (bare / "calls").read_text()
+
+
+def _no_compiler(folder: Path) -> None:
+    (folder / "bin" / "g++").unlink()
+
+
+def _no_python(folder: Path) -> None:
+    (folder / "bin" / "python3.11").unlink()
+
+
+def _old_python(folder: Path) -> None:
+    _no_python(folder)
+    command(folder, "python3", "#!/bin/sh\nexit 1\n")
+
+
+def _no_venv(folder: Path) -> None:
+    command(folder, "python3.11", '#!/bin/sh\ncase "$2" in *ensurepip*) exit 1;; esac\n')
+
+
+def _no_headers(folder: Path) -> None:
+    script = (folder / "bin" / "python3.11").read_text()
+    command(folder, "python3.11", script.replace("exit 0\n", 'case "$2" in *Python.h*) exit 1;; esac\n'))
+
+
+def _full_disk(folder: Path) -> None:
+    (folder / "bin" / "df").unlink()
+    command(folder, "df", '#!/bin/sh\nprintf "Avail\\n11999999\\n"\n')
+
+
+LACKS = {
+    "no C++ compiler; apt-get install g++": _no_compiler,
+    "Python 3.11 or 3.12 not found; apt-get install python3 python3-venv": _no_python,
+    "Python 3.11 or 3.12 not found; apt-get install python3 python3-venv ": _old_python,
+    "the venv module is missing; apt-get install python3-venv": _no_venv,
+    "Python.h is missing; apt-get install python3-dev": _no_headers,
+    "less than 12 GB of free disk here; free some space": _full_disk,
+}
+
+
+@pytest.mark.parametrize("target", ["repro", "test"])
+@pytest.mark.parametrize("message", LACKS)
+def test_what_is_missing_is_one_line(bare: Path, message: str, target: str) -> None:
+    LACKS[message](bare)
+    done = setup(bare, target)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
+    assert lines == [f"mirepro: {message.strip()}"]
+
+
+def test_help_lists_the_targets(bare: Path) -> None:
+    listed = [line.split()[1] for line in setup(bare, "help").stdout.splitlines()]
+    assert {"setup", "repro", "status", "test", "test-slow", "lint", "bench"} <= set(listed)

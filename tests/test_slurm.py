@@ -1,0 +1,391 @@
+"""Launches on a real Slurm of two nodes: ends of every kind, requeues, killed heads and daemons."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slurm_jobs
+import yaml
+from cluster import Cluster, missing, until
+from miniature import Miniature
+
+from mirepro.errors import UserError
+from mirepro.launch import slurm
+from mirepro.launch.launcher import JobFailed, Launcher, Ticket
+from mirepro.launch.ledger import Attempt
+from mirepro.launch.probe import probe
+from mirepro.site import Section, Site
+from tests.test_pretrain import bytes_of, data, run, train
+
+__all__ = ["data"]
+
+pytestmark = [pytest.mark.slow, pytest.mark.infra]
+HERE = Path(__file__).resolve().parent
+
+
+def start(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Iterator[Cluster]:
+    """A running cluster; its commands, and its jobs' imports, work in this process's environment.
+
+    Skips where Slurm is missing, unless MIREPRO_REQUIRE_INFRA=1.
+    """
+    lacking = missing(options.get("accounts", False))
+    if os.geteuid() != 0:
+        lacking.append("root")
+    if lacking:
+        reason = f"needs {', '.join(lacking)} (apt-get install slurm-wlm slurmdbd munge mariadb-server)"
+        pytest.fail(reason) if os.environ.get("MIREPRO_REQUIRE_INFRA") == "1" else pytest.skip(reason)
+    cluster = Cluster(folder, **options)
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", f"{HERE.parent}{os.pathsep}{HERE}")
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The cluster that most tests share: no accounts."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield from start(tmp_path_factory.mktemp("slurm"), monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def tidy(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After a test on the shared cluster no job is left, and no node is drained."""
+    yield
+    if "cluster" in request.fixturenames:
+        shared: Cluster = request.getfixturevalue("cluster")
+        until(lambda: not shared.run("squeue", "--noheader"), 30, "an empty queue")
+        until(lambda: shared.run("sinfo", "-h", "-o", "%T", "-p", "main") == "idle", 30, "idle nodes")
+
+
+def test_the_shared_cluster_would_show_a_drained_node(cluster: Cluster) -> None:
+    """Control of `tidy`."""
+    cluster.run("scontrol", "update", "nodename=n1", "state=drain", "reason=test")
+    assert cluster.run("sinfo", "-h", "-o", "%T", "-p", "main") != "idle"
+    cluster.run("scontrol", "update", "nodename=n1", "state=resume")
+
+
+@pytest.fixture
+def own(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A cluster that a test may harm; its options come from `indirect` parameters."""
+    yield from start(tmp_path / "slurm", monkeypatch, **getattr(request, "param", {}))
+
+
+class Bench:
+    """Launches one computation in a folder of its own."""
+
+    def __init__(self, root: Path, call: Callable[..., None], *arguments: Any, **section: Any) -> None:
+        self.root, self.work = root, root / ".mirepro" / "work" / "f"
+        self.work.mkdir(parents=True, exist_ok=True)
+        values = {"time": 5, "grace": 60} | section
+        self.site = Site("test", poll=0.5, settle=2.0, retries=2, sections={"pretrain": Section(**values)})
+        self.ticket = Ticket("pretrain@a", "pretrain", "f", self.work, partial(call, self.work, *arguments), 1)
+        self.launcher = Launcher(root, self.site)
+        self.handle = self.launcher.start(self.ticket)
+
+    def wait(self, seconds: float = 60) -> None:
+        """Until the result stands."""
+        until(self.handle.poll, seconds, "result")
+
+    def running(self, seconds: float = 40) -> None:
+        """Until the job has begun to compute."""
+        until(lambda: self.handle.poll() or self.runs(), seconds, "start")
+
+    def checkpointed(self, seconds: float = 40) -> None:
+        """Until the computation has left a checkpoint."""
+        until(lambda: self.handle.poll() or (self.work / "state" / "step").exists(), seconds, "checkpoint")
+
+    def runs(self) -> list[list[str]]:
+        """Job id and first step of every run of the computation."""
+        path = self.work / "runs"
+        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+    def attempts(self) -> list[Attempt]:
+        """What the ledger knows."""
+        entry = self.launcher.ledger.read("f")
+        assert entry is not None
+        return entry.attempts
+
+
+def living(bench: Bench) -> list[str]:
+    """Processes that compute in the bench's folder, in a container or outside."""
+    found, folder = [], os.fsencode(bench.root)
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            line = (path / "cmdline").read_bytes()
+            python = b"python" in line.split(b"\0")[0]
+            if python and b"submitit.core._submit" in line and folder in line:
+                found.append(path.name)
+    return found
+
+
+def test_result(cluster: Cluster, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, slurm_jobs.finish)
+    bench.wait()
+    assert [attempt.state for attempt in bench.attempts()] == ["finished"]
+
+
+def test_error_is_tried_twice_and_shown(cluster: Cluster, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, slurm_jobs.fail)
+    with pytest.raises(JobFailed, match=r"pretrain@a: job \d+: ValueError: seven is not f \(twice the same way\); log"):
+        bench.wait()
+    assert len(bench.attempts()) == 2
+    assert "ValueError: seven is not f" in bench.handle.log.read_text()
+
+
+def test_refusal_is_one_line_and_not_repeated(cluster: Cluster, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, slurm_jobs.refuse)
+    with pytest.raises(JobFailed, match=r"rows\.x: impossible; use y"):
+        bench.wait()
+    assert len(bench.attempts()) == 1
+
+
+def test_what_sbatch_refuses_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, slurm_jobs.finish, partition="moon")
+    with pytest.raises(UserError, match="invalid partition") as caught:
+        bench.wait()
+    assert "\n" not in str(caught.value)
+    assert not bench.attempts()
+
+
+def test_time_limit_requeues_and_resumes(cluster: Cluster, tmp_path: Path) -> None:
+    """48 s of work: the signal comes 10 to 40 s after the start, because Slurm looks at limits twice a minute."""
+    bench = Bench(tmp_path, slurm_jobs.count, 160, 0.3, time=1, grace=50)
+    bench.wait(120)
+    jobs, firsts = zip(*bench.runs(), strict=True)
+    assert len(firsts) > 1
+    assert len(set(jobs)) == 1, "resubmitted instead of requeued"
+    assert int(firsts[1]) > 0, "began from nothing"
+    assert (bench.work / "where").read_text() == "", "in a container that nobody asked for"
+
+
+def test_requeue_by_hand(cluster: Cluster, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, slurm_jobs.count, 30, 0.3)
+    bench.checkpointed()
+    cluster.run("scontrol", "requeue", bench.handle.job)
+    bench.wait()
+    assert len(bench.attempts()) == 1
+    assert int(bench.runs()[1][1]) > 0
+
+
+@pytest.mark.parametrize("own", [{}, {"extra": "SlurmctldParameters=preempt_send_user_signal"}], indirect=True)
+def test_preemption(own: Cluster, tmp_path: Path) -> None:
+    """Where a signal comes it is heeded, where none comes the job resumes from its own checkpoint."""
+    told = "preempt_send_user_signal" in own.run("scontrol", "show", "config")
+    section = {"partition": "polite" if told else "main", "options": {"exclusive": True, "nodelist": "n1"}}
+    bench = Bench(tmp_path, slurm_jobs.count, 30, 0.3, **section)
+    bench.checkpointed()
+    own.run("srun", "--partition=urgent", "--nodelist=n1", "--exclusive", "--chdir=/", "true")
+    bench.wait()
+    assert len(bench.attempts()) == 1
+    assert int(bench.runs()[1][1]) > 0
+    assert ("Calling checkpoint method" in bench.handle.log.read_text()) == told
+
+
+def test_cancelled_job_is_not_submitted_again(cluster: Cluster, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, slurm_jobs.hold)
+    bench.running()
+    assert living(bench)
+    cluster.run("scancel", bench.handle.job)
+    with pytest.raises(JobFailed, match="cancelled"):
+        bench.wait()
+    until(lambda: not living(bench), 20, "the end of the process")
+    assert len(bench.attempts()) == 1
+    (bench.work / "go").touch()
+    again = Bench(tmp_path, slurm_jobs.hold)  # a new command starts anew
+    again.wait()
+    assert again.attempts()[0].job != bench.handle.job
+
+
+ARRAY = """#!/bin/sh
+#SBATCH --array=0-{last} --time=5 --output={folder}/log-%a --requeue
+cd {root} && exec {python} -c '{head}' {root} {tests} {folder}/$SLURM_ARRAY_TASK_ID finish
+"""
+
+
+def test_heads_in_the_tasks_of_an_array(cluster: Cluster, tmp_path: Path) -> None:
+    """Each task launches a stage; neither its array's ids nor its limits get into the stage's job."""
+    script = tmp_path / "array.sh"
+    values = {"last": 1, "root": HERE.parent, "tests": HERE, "folder": tmp_path, "python": sys.executable}
+    script.write_text(ARRAY.format(head=HEAD.replace("'", '"'), **values))
+    array = cluster.run("sbatch", "--parsable", str(script))
+    until(lambda: not cluster.run("squeue", "--noheader"), 90, "the array's end")
+    for task in ("0", "1"):
+        bench = Bench(tmp_path / task, slurm_jobs.finish)
+        (attempt,) = bench.attempts() or bench.launcher.ledger.read("f").past  # type: ignore[union-attr]
+        assert attempt.state == "finished", (tmp_path / f"log-{task}").read_text()
+        assert attempt.job.isdigit()
+        assert attempt.job not in (array, str(int(array) + 1))
+        assert list((tmp_path / task / attempt.folder).glob(f"{attempt.job}_0_result.pkl"))
+
+
+def test_an_array_in_the_queue_is_no_job_of_ours(cluster: Cluster, tmp_path: Path) -> None:
+    """A waiting array's row has no plain id."""
+    wait = ("sbatch", "--parsable", "--array=0-3%1", "--output=/dev/null", "--chdir=/", "--wrap=sleep 30")
+    array = cluster.run(*wait)
+    assert f"{array}_[" in cluster.run("squeue", "--noheader", "--format=%i")
+    bench = Bench(tmp_path, slurm_jobs.finish)
+    bench.wait()
+    assert len(bench.attempts()) == 1
+    cluster.run("scancel", array)
+
+
+HEAD = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+from pathlib import Path
+import slurm_jobs, test_slurm
+bench = test_slurm.Bench(Path(sys.argv[3]), getattr(slurm_jobs, sys.argv[4]))
+bench.launcher.run(bench.ticket)
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_head_goes_and_comes_back(cluster: Cluster, tmp_path: Path, sign: int) -> None:
+    command = [sys.executable, "-c", HEAD, str(HERE.parent), str(HERE), str(tmp_path), "hold"]
+    head = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    runs = tmp_path / ".mirepro" / "work" / "f" / "runs"
+    until(runs.exists, 40, "start")
+    os.kill(head.pid, sign)
+    error = head.communicate(timeout=20)[1]
+    bench = Bench(tmp_path, slurm_jobs.hold)
+    assert not bench.handle.poll()
+    assert bench.handle.job == runs.read_text().split()[0]
+    if sign == signal.SIGINT:
+        assert f"detached; job {bench.handle.job} continues; rerun to re-attach" in error
+    (bench.work / "go").touch()
+    bench.wait()
+    assert len(bench.attempts()) == len(bench.runs()) == 1
+
+
+def test_controller_restarts(own: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "PATIENCE", 2.0)
+    bench = Bench(tmp_path, slurm_jobs.hold)
+    bench.running()
+    own.kill("slurmctld", signal.SIGKILL)
+    bench.launcher.scheduler._taken = -float("inf")  # type: ignore[attr-defined]
+    assert not bench.handle.poll()
+    assert bench.handle.status.phase == "unreachable"
+    own.control()
+    (bench.work / "go").touch()
+    bench.wait()
+    assert len(bench.attempts()) == 1
+
+
+@pytest.mark.parametrize("own", [{"patience": 5}], indirect=True)
+def test_node_goes_down(own: Cluster, tmp_path: Path) -> None:
+    """The scheduler takes the job from the dead node and runs it on the other; it resumes."""
+    bench = Bench(tmp_path, slurm_jobs.count, 40, 0.3)
+    bench.checkpointed()
+    node = bench.launcher.scheduler.status(bench.attempts()[0], f"pretrain@a.{bench.attempts()[0].token}").node
+    _kill_job(bench)
+    own.kill(f"slurmd-{node}", signal.SIGKILL)
+    bench.wait(90)
+    assert int(bench.runs()[-1][1]) > 0
+
+
+def _kill_job(bench: Bench) -> None:
+    """A dead node takes its processes along: step managers and tasks of the job."""
+    job = bench.handle.job
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            step = (path / "cmdline").read_bytes().startswith(f"slurmstepd: [{job}.".encode())
+            task = f"SLURM_JOB_ID={job}\0".encode() in (path / "environ").read_bytes()
+            mine = str(bench.root).encode() in (path / "environ").read_bytes() + (path / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if (step or (task and mine)) and int(path.name) != os.getpid():
+            os.kill(int(path.name), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("own", [{"age": 2}], indirect=True)
+def test_forgotten_job_without_accounts(own: Cluster, tmp_path: Path) -> None:
+    """The queue has forgotten the job and nobody keeps accounts: it counts as lost and is submitted again."""
+    bench = Bench(tmp_path, slurm_jobs.count, 30, 0.3)
+    bench.checkpointed()
+    own.run("scancel", bench.handle.job)
+    until(lambda: not own.run("squeue", "-h", "--states=all", check=False), 60, "forgetting")
+    bench.wait()
+    first, second = bench.attempts()
+    assert first.reason.startswith("LOST")
+    assert second.state == "finished"
+
+
+@pytest.mark.parametrize("own", [{"age": 2, "accounts": True}], indirect=True)
+def test_forgotten_job_with_accounts(own: Cluster, tmp_path: Path) -> None:
+    """The queue has forgotten the job, the accounts have not: nothing is submitted again."""
+    bench = Bench(tmp_path, slurm_jobs.hold)
+    bench.running()
+    own.run("scancel", bench.handle.job)
+    until(lambda: not own.run("squeue", "-h", "--states=all", check=False), 60, "forgetting")
+    with pytest.raises(JobFailed, match="CANCELLED by 0"):
+        bench.wait()
+    assert len(bench.attempts()) == 1
+
+
+def test_two_nodes_of_two_ranks_give_the_bits_of_one_process(cluster, data, tmp_path):
+    bench = Bench(tmp_path / "jobs", slurm_jobs.train, data, nodes=2, tasks=2)
+    bench.wait(240)
+    assert len(list(bench.handle.log.parent.glob("*_result.pkl"))) == 4
+    alone = bytes_of(train(run("ring", shards=4), data, tmp_path / "alone"))
+    assert bytes_of(bench.work / "ring" / "out").items() >= alone.items()
+
+
+def test_a_failed_rank_ends_the_job_and_speaks_first(cluster, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIREPRO_TEST_FAIL", "2:4")
+    bench = Bench(tmp_path / "jobs", slurm_jobs.train, data, nodes=2, tasks=2)
+    bench.launcher.site = dataclasses.replace(bench.site, retries=0)
+    with pytest.raises(JobFailed, match="ZeroDivisionError: the cause"):
+        bench.wait(240)
+    until(lambda: not living(bench), 20, "the end of the other ranks")
+
+
+def test_check(cluster: Cluster, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    site = tmp_path / "launch" / "here.toml"
+
+    def check(text: str) -> list[str]:
+        site.write_text(text)
+        return list(probe(tmp_path, "here"))
+
+    lines = check("[all]\npartition = 'main'\ntime = 30\n")
+    assert "job" in lines[1]
+    assert "ran on" in lines[1]
+    for text, message in (
+        ("[pretrain]\npartition = 'moon'\n", "pretrain.partition: 'moon' is unknown to the cluster; known: main"),
+        ("[toy]\ntime = '2:00:00'\n", "toy.time: 2:00:00 is over the limit 01:00:00 of main"),
+        ("[all]\nnodes = 3\n", "pretrain.nodes: 3, and main has 2"),
+        ("[all]\noptions = {gres = 'gpu:9'}\n", "sbatch"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check(text)
+
+
+def test_pipeline_gives_the_same_lock(cluster: Cluster, root: Path, tmp_path: Path) -> None:
+    """`MIREPRO_LAUNCH=slurm dvc repro`, and the same in parallel, end in the lock of a serial run without Slurm."""
+    locks = []
+    for name, launch, module, words in (
+        ("plain", "inline", "dvc", ("repro",)),
+        ("serial", "slurm", "dvc", ("repro", "evaluate@ball-s0")),
+        ("parallel", "slurm", "mirepro", ("repro", "--jobs", "4")),
+    ):
+        miniature = Miniature(root, tmp_path / name)
+        result = miniature.run(*words, module=module, env=miniature.environment | {"MIREPRO_LAUNCH": launch})
+        assert result.returncode == 0, result.stderr
+        locks.append(yaml.safe_load((miniature.root / "dvc.lock").read_text()))
+        jobs = len(list((miniature.root / ".mirepro" / "jobs").glob("*.json")))
+        assert jobs == {"plain": 0, "serial": 2, "parallel": 7}[name]
+    assert locks[0]["stages"] == locks[2]["stages"]
+    assert {name: locks[0]["stages"][name] for name in locks[1]["stages"]} == locks[1]["stages"]
