@@ -15,7 +15,7 @@ SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/
 include portable.env
 export $(shell sed 's/=.*//' portable.env)
 
-.PHONY: help setup repro status test test-slow lint bench lock
+.PHONY: help setup repro status test test-slow kill sanitize lint bench lock
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
 
@@ -30,8 +30,14 @@ status: setup  ## say which stages are stale, and why
 test: setup lint  ## ruff, mypy, the fast tests, then the slow ones
 	@$(BIN)/python -m pytest
 
-test-slow: setup  ## only the slow tests
+test-slow: setup  ## the slow tests with the forced reproduction of all tables (an hour and more)
 	@$(BIN)/python -m pytest -m slow
+
+kill: setup  ## kill and rerun the desk profile's stages 100 times (long)
+	@$(BIN)/python tests/kill.py --kills 100 --desk
+
+sanitize: setup  ## the operators' tests with AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(BIN)/python -m tests.sanitize
 
 lint: $(VENV)/packages.stamp  ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -41,7 +47,7 @@ bench: setup  ## speed of the compiled operators against torch and faiss
 	@$(BIN)/python -m benchmarks.bank
 
 lock:  ## resolve requirements.lock anew (needs uv)
-	uv pip compile pyproject.toml --extra dev --generate-hashes --python-version 3.11 \
+	uv pip compile pyproject.toml --extra dev --generate-hashes --no-annotate --python-version 3.11 \
 	  --custom-compile-command "make lock" --output-file requirements.lock
 
 $(BIN)/python:
