@@ -78,7 +78,7 @@ def words(seed: int, stream: int, step: int, sample: ArrayLike, n: int) -> NDArr
     counter[..., 1] = (samples & _MASK)[:, None]
     counter[..., 2] = (samples >> np.uint64(32))[:, None]
     counter[..., 3] = step
-    return philox(counter, (seed & 0xFFFFFFFF, int(stream))).reshape(len(samples), -1)[:, :n]
+    return philox(counter, (seed & 0xFFFFFFFF, int(stream))).reshape(len(samples), 4 * blocks)[:, :n]
 
 
 def mulhi(word: NDArray[np.uint32], size: ArrayLike) -> NDArray[np.int64]:

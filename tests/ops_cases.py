@@ -86,7 +86,7 @@ def _sha256(tensors: list[Tensor]) -> str:
 def main() -> None:
     """Rewrites the golden file with the versions of mirepro/ops_version.json."""
     versions = json.loads((ROOT / "mirepro/ops_version.json").read_text())
-    golden = {name: {"version": versions[name], "sha256": digest} for name, digest in digests().items()}
+    golden = {name: {"version": versions[name], "sha256": digest} for name, digest in every().items()}
     files.write_json(ROOT / "tests/golden/ops.json", golden)
 
 

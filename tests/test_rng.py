@@ -52,3 +52,8 @@ def test_permutation_is_a_permutation_and_changes_with_the_epoch():
     first = rng.permutation(0, rng.Stream.ORDER, 0, 1000)
     assert np.array_equal(np.sort(first), np.arange(1000))
     assert not np.array_equal(first, rng.permutation(0, rng.Stream.ORDER, 1, 1000))
+
+
+def test_no_samples_no_draws():
+    assert rng.words(3, rng.Stream.VIEW, 5, [], 7).shape == (0, 7)
+    assert rng.uniform(3, rng.Stream.VIEW, 5, [], 0).shape == (0, 0)
