@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 JOBS ?= $(shell nproc)
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+PARALLEL := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 
@@ -28,10 +29,10 @@ status: setup  ## say which stages are stale, and why
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mirepro status
 
 test: setup lint  ## ruff, mypy, the fast tests, then the slow ones
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: setup  ## the slow tests with the forced reproduction of all tables (an hour and more)
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow $(PARALLEL)
 
 kill: setup  ## kill and rerun the desk profile's stages 100 times (long)
 	@$(BIN)/python tests/kill.py --kills 100 --desk

@@ -21,8 +21,19 @@ assert "torch" not in sys.modules, "torch was imported before the portable tier'
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs slow tests last, so that a mistake shows early."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    """Runs slow tests late, so that a mistake shows early, and those of daemons last.
+
+    With pytest-xdist a group stays on one worker: a file's fast or slow tests, which share their fixtures, and all
+    tests of daemons, which would disturb one another.
+    """
+    ranks = [
+        (item.get_closest_marker("infra") is not None, item.get_closest_marker("slow") is not None) for item in items
+    ]
+    for item, (infra, slow) in zip(items, ranks, strict=True):
+        group = "infra" if infra else f"{item.path.stem} {'slow' if slow else 'fast'}"
+        item.add_marker(pytest.mark.xdist_group(group))
+    order = sorted(range(len(items)), key=ranks.__getitem__)
+    items[:] = [items[place] for place in order]
 
 
 @pytest.fixture(scope="session")

@@ -88,9 +88,14 @@ def test_a_sample_of_the_locks_comes_out_again_from_nothing(clone):
 
 @pytest.mark.full
 @pytest.mark.timeout(7200)
-def test_everything_comes_out_again_from_nothing(clone):
+@pytest.mark.parametrize(
+    "beside",
+    [(), pytest.param((sys.executable, "-m", "tests.with_slurm"), marks=pytest.mark.infra)],
+    ids=["inline", "slurm"],
+)
+def test_everything_comes_out_again_from_nothing(clone, beside):
     """The control is the next test; the sample above runs with AVX2, this with what the processor has."""
-    output = execute(clone, "mirepro", "repro", "--jobs", str(os.cpu_count()), isa="")
+    output = execute(clone, *beside, "mirepro", "repro", "--jobs", str(os.cpu_count()), isa="")
     stages = len(yaml.safe_load((clone / "dvc.lock").read_text())["stages"]) - 1
     assert f"{stages} stages ran; everything asked for is up to date" in output
     assert execute(clone, "git", "status", "--porcelain", *TRACKED) == ""
