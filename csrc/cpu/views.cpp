@@ -34,28 +34,51 @@ struct Taps {
   }
 };
 
+/// The same taps by their number, as many for each output: those that an output lacks weigh nothing, which adds +0.
+struct Columns {
+  int64_t taps = 0, size;
+  std::vector<int32_t> first;
+  std::vector<float> weights;  // (taps, size)
+
+  explicit Columns(const Taps& from) : size(from.taps.size()), first(size) {
+    for (const auto& tap : from.taps) taps = std::max(taps, tap.count);
+    weights.resize(taps * size);
+    for (int64_t i = 0; i < size; ++i) {
+      first[i] = static_cast<int32_t>(from.taps[i].first);
+      for (int64_t t = 0; t < from.taps[i].count; ++t) weights[t * size + i] = from.weights[from.taps[i].at + t];
+    }
+  }
+};
+
 /// out[j] = sum over the taps of weight * row[j], rows of bytes `stride` apart; in [0, 255].
-MIREPRO_INLINE void blend_rows(const uint8_t* rows, int64_t stride, const float* weights, int64_t taps, int64_t n, float* out) {
+MIREPRO_INLINE void blend_rows(const uint8_t* rows, int64_t stride, const float* weights, int64_t taps, int64_t n,
+                               float* __restrict out) {
   std::fill_n(out, n, 0.0f);
-  for (int64_t t = 0; t < taps; ++t)
-    for (int64_t j = 0; j < n; ++j) out[j] += weights[t] * static_cast<float>(rows[t * stride + j]);
+  for (int64_t t = 0; t < taps; ++t) {
+    const uint8_t* __restrict row = rows + t * stride;
+    const float weight = weights[t];
+    for (int64_t j = 0; j < n; ++j) out[j] += weight * static_cast<float>(row[j]);
+  }
 }
 
-/// Columns of a blended row, to [0, 1].
-MIREPRO_INLINE void blend_columns(const float* row, const Taps& columns, float* out) {
-  for (size_t i = 0; i < columns.taps.size(); ++i) {
-    const auto [first, count, at] = columns.taps[i];
-    float sum = 0;
-    for (int64_t t = 0; t < count; ++t) sum += columns.weights[at + t] * row[first + t];
-    out[i] = sum / 255;
+/// Columns of a blended row, to [0, 1]; behind the row stand as many zeros as an output has taps.
+MIREPRO_INLINE void blend_columns(const float* __restrict row, const Columns& columns, float* __restrict out) {
+  const int32_t* __restrict first = columns.first.data();
+  const int64_t size = columns.size;
+  std::fill_n(out, size, 0.0f);
+  for (int64_t t = 0; t < columns.taps; ++t) {
+    const float* __restrict weights = columns.weights.data() + t * size;
+    for (int64_t i = 0; i < size; ++i) out[i] += weights[i] * row[first[i] + static_cast<int32_t>(t)];
   }
+  for (int64_t i = 0; i < size; ++i) out[i] /= 255;
 }
 
 /// A box of an image `(3, side, side)` as `(3, size, size)`.
 MIREPRO_INLINE void resize(const uint8_t* image, int64_t side, const int64_t* box, int64_t size, float* out) {
   const int64_t top = box[0], left = box[1], height = box[2], width = box[3];
-  const Taps rows(top, height, size), columns(0, width, size);
-  std::vector<float> blended(width);
+  const Taps rows(top, height, size);
+  const Columns columns(Taps(0, width, size));
+  std::vector<float> blended(width + columns.taps);
   for (int64_t c = 0; c < 3; ++c)
     for (int64_t i = 0; i < size; ++i) {
       const auto [first, count, at] = rows.taps[i];
@@ -105,18 +128,18 @@ MIREPRO_INLINE float wrap(float x) { return x < 0 ? x + 6 : x >= 6 ? x - 6 : x; 
 
 /// Turns the hue by `turn` sixths through HSV.
 MIREPRO_INLINE void hue(float* x, int64_t n, float turn) {
+  float *__restrict reds = x, *__restrict greens = x + n, *__restrict blues = x + 2 * n;
   for (int64_t i = 0; i < n; ++i) {
-    const float red = x[i], green = x[n + i], blue = x[2 * n + i];
+    const float red = reds[i], green = greens[i], blue = blues[i];
     const float value = std::max(std::max(red, green), blue), chroma = value - std::min(std::min(red, green), blue);
     const float safe = chroma == 0 ? 1.0f : chroma;
-    const float sector = value == red     ? (green - blue) / safe
-                         : value == green ? 2 + (blue - red) / safe
-                                          : 4 + (red - green) / safe;
-    const float turned = wrap(sector + turn);
-    for (int64_t c = 0; c < 3; ++c) {
-      const float k = wrap(turned + static_cast<float>(5 - 2 * c));
-      x[c * n + i] = value - chroma * clamp(std::min(k, 4 - k));
-    }
+    const float apart = value == red ? green - blue : value == green ? blue - red : red - green;
+    const float turned = wrap((value == red ? 0.0f : value == green ? 2.0f : 4.0f) + apart / safe + turn);
+    const auto channel = [&](float place) {
+      const float k = wrap(turned + place);
+      return value - chroma * clamp(std::min(k, 4 - k));
+    };
+    reds[i] = channel(5), greens[i] = channel(3), blues[i] = channel(1);
   }
 }
 
