@@ -143,6 +143,8 @@ class DetectParams:
     side, one per level of the pyramid, each also times `scales`; RoI pooling takes an object of `canonical` x side from
     the second level. `heatmap` enlarges the keypoint head's maps after their deconvolution. `oks_sigma` holds for every
     keypoint (null: the data's own, as for COCO); `sensitivity` are factors of it at which keypoint AP is stated too.
+    `repeat_threshold` is the share of training images below which those with a category are repeated (repeat-factor
+    sampling; .001 for LVIS, 0 repeats none).
     """
 
     size: int = 64
@@ -156,6 +158,7 @@ class DetectParams:
     clip: float = 5.0
     warmup: float = 0.1
     flip: float = 0.5
+    repeat_threshold: float = 0.0
     min_stride: int = 4
     anchors: tuple[float, ...] = (0.3, 0.42)
     scales: tuple[float, ...] = (1.0,)

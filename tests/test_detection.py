@@ -14,7 +14,7 @@ from mirepro import data, encoders
 from mirepro.data import shards
 from mirepro.errors import UserError
 from mirepro.params import DetectParams, EncoderParams, HeadParams
-from mirepro.transfer import coco_eval, detection, detection_data, detection_model
+from mirepro.transfer import coco_eval, detection, detection_data, detection_model, sampling, voc_eval
 from mirepro.transfer.coco_eval import Prediction
 
 SIZE = 32
@@ -178,7 +178,7 @@ def test_images_without_objects_have_empty_targets(model: str) -> None:
 
 @pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
 def test_the_share_of_mirrored_images(flip: float) -> None:
-    flags = torch.cat([mirrored for _, _, mirrored in detection.batches(64, 8, 4, flip, 0)]).float()
+    flags = torch.cat([mirrored for _, _, mirrored in sampling.batches(np.ones(64), 8, 4, flip, 0)]).float()
     assert flags.mean().item() == pytest.approx(flip, abs=0.1)
 
 
@@ -234,7 +234,13 @@ def test_anchor_recall_and_impossible_parameters(pretrained: Path) -> None:
     assert _detector("mask", pretrained, params=wrong).anchor_recall(boxes) < 0.95
     with pytest.raises(UserError, match=r"detect\.anchors"):
         _detector("mask", pretrained, params=dataclasses.replace(TINY, anchors=(0.1,) * 7))
-    for change in ({"fixed_lr": 0.5}, {"batch": 0}, {"warmup": 1.0}):
+    for change in (
+        {"fixed_lr": 0.5},
+        {"batch": 0},
+        {"warmup": 1.0},
+        {"repeat_threshold": -0.1},
+        {"repeat_threshold": 1.5},
+    ):
         with pytest.raises(UserError, match=next(iter(change))):
             detection.check("mask", dataclasses.replace(TINY, **change))
     with pytest.raises(UserError, match="panoptic"):
@@ -288,11 +294,17 @@ def test_keypoints_have_a_schedule_of_their_own(pretrained: Path, scenes_folder:
     assert seen["keypoint"] == {"tuned": 32, "fixed": 32, "long": 64, "frozen": 32}
 
 
-@pytest.mark.parametrize("damaged", [0, 1])
+@pytest.mark.parametrize(("damaged", "threshold"), [(0, 0.0), (1, 0.0), (0, 1.0)])
 def test_interrupted_stage_resumes_to_the_same_bits(
-    damaged: int, pretrained: Path, scenes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damaged: int,
+    threshold: float,
+    pretrained: Path,
+    scenes_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = _run("mask", pretrained, scenes_folder, tmp_path / "a" / "out")
+    params = dataclasses.replace(TINY, repeat_threshold=threshold)
+    whole = _run("mask", pretrained, scenes_folder, tmp_path / "a" / "out", params)
     calls, train = [], detection.train
 
     def counted(*arguments: Any) -> None:
@@ -303,10 +315,10 @@ def test_interrupted_stage_resumes_to_the_same_bits(
 
     monkeypatch.setattr(detection, "train", counted)
     with pytest.raises(KeyboardInterrupt):
-        _run("mask", pretrained, scenes_folder, tmp_path / "b" / "out")
+        _run("mask", pretrained, scenes_folder, tmp_path / "b" / "out", params)
     for path in sorted((tmp_path / "b" / "work").rglob("*.safetensors"))[:damaged]:
         path.write_bytes(path.read_bytes()[:-1])
-    resumed = _run("mask", pretrained, scenes_folder, tmp_path / "b" / "out")
+    resumed = _run("mask", pretrained, scenes_folder, tmp_path / "b" / "out", params)
     assert len(calls) == 3 + 2 + damaged, "the two finished variants are not trained again unless damaged"
     assert resumed == whole
     assert (tmp_path / "a/out/detections.json").read_bytes() == (tmp_path / "b/out/detections.json").read_bytes()
@@ -323,6 +335,41 @@ def test_a_finished_variant_of_another_run_is_refused_by_name(
     second.write_bytes(first.read_bytes())
     with pytest.raises(UserError, match=f"{second}: checkpoint of another run"):
         _run("mask", pretrained, scenes_folder, tmp_path / "a" / "out")
+
+
+def test_repeats_are_trained_counted_and_named(pretrained: Path, scenes_folder: Path, tmp_path: Path) -> None:
+    """Of 16 images some show a category that not all of them show; the control is the same run without repeats."""
+    runs = {
+        threshold: _run(
+            "box", pretrained, scenes_folder, tmp_path / str(threshold) / "out",
+            dataclasses.replace(TINY, batch=2, repeat_threshold=threshold),
+        )
+        for threshold in (0.0, 1.0)
+    }  # fmt: skip
+    factors = _load(FakeSplit(16, len("train")), "box", SIZE).repeat_factors(1.0)
+    assert 16 + 2 <= factors.sum() < 32
+    seen = {threshold: run["detail"]["images_seen"] for threshold, run in runs.items()}
+    assert seen[0.0] == {"tuned": 16, "fixed": 16, "long": 32, "frozen": 16}
+    assert seen[1.0]["tuned"] == len(sampling.places(factors, 0, 0)) // 2 * 2 > 16
+    assert seen[1.0]["long"] == 2 * sampling.steps(factors, 2, 2, 0)
+    protocols = {threshold: run["cells"]["box_AP_tuned"]["protocol"] for threshold, run in runs.items()}
+    assert "batch 2, repeat-factor sampling with t = 1, linear decay" in protocols[1.0]
+    assert "batch 2, linear decay" in protocols[0.0]
+    assert not any("VOC" in name for name in runs[0.0]["cells"])
+
+
+def test_vocs_own_numbers_stand_beside_cocos(tmp_path: Path) -> None:
+    split = FakeSplit(12, 0)
+    split.meta = {"evaluation": "voc"}
+    scenes = _load(split, "box", SIZE)
+    plain = detection.score(_load(FakeSplit(12, 0), "box", SIZE), _perfect(scenes), "box", TINY)["box"]
+    stats = detection.score(scenes, _perfect(scenes), "box", TINY)
+    assert stats["box"] == plain | {"VOC07": pytest.approx(100), "VOC10": pytest.approx(100)}
+    assert tuple(plain) == coco_eval.BOX_STATS, "control: other data have no such numbers"
+    assert detection.val_score(stats) == plain["AP50"]
+    cells = detection._cells({"tuned": stats}, {"tuned": detection.Variant(0.1)}, "box", TINY)
+    for name, text in voc_eval.PROTOCOLS.items():
+        assert cells[f"box_{name}_tuned"]["protocol"] == f"{cells['box_AP_tuned']['protocol']}; {text}"
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ def test_every_row_is_possible_at_paper_scale(paper: profiles.Profile) -> None:
     for model, data in {(entry.model, entry.data) for entry in paper.detect_runs.values()}:
         detection.check(model, paper.recipe(data))
     assert (paper.recipe("lvis").detections, paper.recipe("coco").detections) == (300, 100)
+    assert [paper.recipe(data).repeat_threshold for data in ("coco", "voc", "lvis")] == [0, 0, 0.001]
     with pytest.raises(UserError, match=r"detect\.sets\.lvis: not in datasets"):
         dataclasses.replace(paper, values=paper.values | {"datasets": ["imagenet"]}).recipe("imagenet")
     with pytest.raises(UserError, match="empty"):  # control

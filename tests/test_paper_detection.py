@@ -67,12 +67,21 @@ def test_stages_and_tables(small: profiles.Profile) -> None:
     assert boxes["detail"]["categories"] == list(voc.CATEGORIES)
     assert "Faster R-CNN" in boxes["cells"]["box_AP50_tuned"]["protocol"]
     assert not any(name.startswith("mask") for name in boxes["cells"])
+    assert not any("VOC" in name for name in federated["cells"])
+    assert "repeat-factor sampling with t = 0.001" in federated["cells"]["mask_AP_tuned"]["protocol"]
+    assert "repeat-factor" not in boxes["cells"]["box_AP_tuned"]["protocol"]
     assert 0 <= boxes["cells"]["box_AP50_tuned"]["value"] <= 100
     assert {f"{task}_APr_{v}" for task in ("box", "mask") for v in ("tuned", "long")} <= set(federated["cells"])
     assert federated["cells"]["box_APf_tuned"]["value"] is None  # no frequent category has a box in this test split
     assert federated["detail"]["categories"] == ["ant", "zebra"]
     rows = {"rows": {"ir": ["ir-s0"]}}
-    for name, column in (("T8", "box_AP50_tuned"), ("T9", "box_APr_tuned"), ("T10", "mask_APr_tuned")):
+    for name, column in (
+        ("T8", "box_AP50_tuned"),
+        ("T8", "box_VOC07_tuned"),
+        ("T8", "box_VOC10_long"),
+        ("T9", "box_APr_tuned"),
+        ("T10", "mask_APr_tuned"),
+    ):
         table = tables.make(small.root, "imagenet", {name: rows}, name, {})
         assert table is not None
         tables.check(table)

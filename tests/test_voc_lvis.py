@@ -53,6 +53,7 @@ def test_voc(devkit, tmp_path):
     assert [counts[s] for s in ("val", "test")] == [{"images": 1, "objects": 2, "crowd": 1}] * 2
     assert counts["train"]["images"] == 2
     split = shards.open(tmp_path / "out", "test")
+    assert split.meta["evaluation"] == "voc"
     dog, person = split.objects[0]
     assert (dog["bbox"], dog["area"], dog["iscrowd"]) == ([4, 5, 20, 12], 240, 0)
     assert (person["bbox"], person["iscrowd"]) == ([0, 0, 40, 30], 1)

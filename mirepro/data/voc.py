@@ -1,7 +1,8 @@
 """Imports PASCAL VOC 2007 and 2012 boxes: train and val from both years' trainval, test is VOC 2007's.
 
 Objects marked difficult count as crowd: evaluation ignores them, training leaves them out. VOC has no masks for most
-images, so objects carry no segmentation. Source: Everingham et al., The PASCAL visual object classes challenge (2010).
+images, so objects carry no segmentation. The manifest's `evaluation` asks for VOC's own numbers beside COCO's.
+Source: Everingham et al., The PASCAL visual object classes challenge (2010).
 """
 
 import xml.etree.ElementTree as ElementTree
@@ -27,6 +28,7 @@ META = {
     "classes": [],
     "categories": list(CATEGORIES),
     "keypoints": {"names": [], "flips": [], "sigmas": []},
+    "evaluation": "voc",
 }
 
 Counts = dict[str, dict[str, int]]

@@ -5,8 +5,9 @@ schedule at the chosen rate) and `frozen` (the chosen rate, trunk untouched). Th
 place of SGD, because a few hundred steps must do.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mirepro import checkpoint, encoders, files, rng
 from mirepro.data import shards
 from mirepro.errors import UserError
 from mirepro.params import DetectParams
-from mirepro.transfer import coco_eval, detection_data, detection_model
+from mirepro.transfer import coco_eval, detection_data, detection_model, sampling, voc_eval
 from mirepro.transfer.coco_eval import Prediction
 from mirepro.transfer.detection_data import Scenes
 from mirepro.transfer.detection_model import Detector
@@ -55,6 +56,10 @@ def check(model: str, params: DetectParams) -> None:
         raise UserError("detect.warmup, detect.anchors: use a share in [0, 1) and at least one anchor level")
     if not 0 <= params.flip <= 1:
         raise UserError(f"detect.flip: {params.flip} is impossible; use a share in [0, 1]")
+    if not 0 <= params.repeat_threshold <= 1:
+        raise UserError(
+            f"detect.repeat_threshold: {params.repeat_threshold} is impossible; use a share in [0, 1], 0 for no repeats"
+        )
 
 
 def set_mode(detector: Detector, training: bool, frozen: bool) -> None:
@@ -100,17 +105,6 @@ class Feed:
         return self.detector.backbone.maps(torch.where(mirrored[:, None, None, None], x.flip(-1), x))
 
 
-def batches(n: int, batch: int, epochs: int, flip: float, seed: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Step, image indices and mirrored flags (a share `flip`); full batches, a new order and new flips each epoch."""
-    per_epoch = max(1, n // batch)
-    for epoch in range(epochs):
-        order = rng.permutation(seed, rng.Stream.TRANSFER, epoch, n)
-        for i in range(per_epoch):
-            index = order[i * batch : (i + 1) * batch]
-            mirrored = rng.uniform(seed, rng.Stream.TRANSFER, epoch, index, 3)[:, 2] < flip
-            yield epoch * per_epoch + i, torch.from_numpy(index), torch.from_numpy(mirrored)
-
-
 def rate(step: int, steps: int, warmup: float) -> float:
     """Linear rise over the first share `warmup` of the steps, then a linear fall to 0; in (0, 1]."""
     rise = warmup * steps
@@ -125,14 +119,13 @@ def train(detector: Detector, scenes: Scenes, variant: Variant, params: DetectPa
     Raises:
         UserError: The loss is no number any more.
     """
-    n = len(scenes.images)
+    factors, epochs = scenes.repeat_factors(params.repeat_threshold), params.epochs * variant.length
     feed = Feed(detector, scenes.images, params.batch, variant.frozen)
     set_mode(detector, True, variant.frozen)
     weights = [p for p in detector.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(weights, variant.lr, weight_decay=params.weight_decay, fused=True)
-    epochs = params.epochs * variant.length
-    steps = epochs * max(1, n // params.batch)
-    for step, index, mirrored in batches(n, params.batch, epochs, params.flip, seed):
+    steps = sampling.steps(factors, params.batch, epochs, seed)
+    for step, index, mirrored in sampling.batches(factors, params.batch, epochs, params.flip, seed):
         torch.manual_seed(int(rng.words(seed, rng.Stream.TRANSFER, step, [_SAMPLING], 1)[0, 0]))
         optimiser.param_groups[0]["lr"] = variant.lr * rate(step, steps, params.warmup)
         chosen = zip(mirrored.tolist(), index.tolist(), strict=True)
@@ -165,9 +158,11 @@ def _prediction(item: dict[str, Tensor]) -> Prediction:
 
 
 def score(scenes: Scenes, predictions: Sequence[Prediction], model: str, params: DetectParams) -> dict[str, Any]:
-    """COCO's numbers per task; keypoint AP also at other OKS sigmas (`AP@x0.5` = half of them)."""
+    """COCO's numbers per task; keypoint AP also at other OKS sigmas (`AP@x0.5` = half of them); VOC's own on VOC."""
     truth = scenes.truth()
     stats: dict[str, Any] = {"box": coco_eval.evaluate(truth, predictions, "box")}
+    if scenes.voc:
+        stats["box"] |= voc_eval.evaluate(scenes.objects, predictions, len(scenes.categories))
     if model != "box":
         stats[model] = coco_eval.evaluate(truth, predictions, model, scenes.sigmas or None)
     for factor in params.sensitivity if model == "keypoint" else ():
@@ -244,9 +239,10 @@ def _shown(predictions: Sequence[Prediction]) -> dict[str, Any]:
 def _protocol(name: str, variant: Variant, model: str, params: DetectParams) -> str:
     trunk = "trunk frozen" if variant.frozen else "trunk fine-tuned"
     choice = "fixed" if name == "fixed" else "chosen on val AP50"
+    repeats = f", repeat-factor sampling with t = {params.repeat_threshold:g}" if params.repeat_threshold else ""
     return (
         f"torchvision recipe, {MODELS[model]} R-CNN + FPN, {trunk}; AdamW, lr {variant.lr:g} ({choice}), "
-        f"{params.epochs * variant.length} epochs of batch {params.batch}, linear decay with warm-up; test"
+        f"{params.epochs * variant.length} epochs of batch {params.batch}{repeats}, linear decay with warm-up; test"
     )
 
 
@@ -263,12 +259,15 @@ def _cells(
     stats: dict[str, Any], variants: dict[str, Variant], model: str, params: DetectParams
 ) -> dict[str, dict[str, Any]]:
     """`<task>_<statistic>_<variant>` with the protocol beside each number."""
-    return {
-        f"{task}_{name}_{label}": {"value": value, "unit": "%", "protocol": _protocol(label, variant, model, params)}
-        for label, variant in variants.items()
-        for task, values in stats[label].items()
-        for name, value in values.items()
-    }
+    cells = {}
+    for label, variant in variants.items():
+        shared = _protocol(label, variant, model, params)
+        for task, values in stats[label].items():
+            for name, value in values.items():
+                own = voc_eval.PROTOCOLS.get(name)
+                protocol = f"{shared}; {own}" if own else shared
+                cells[f"{task}_{name}_{label}"] = {"value": value, "unit": "%", "protocol": protocol}
+    return cells
 
 
 def detect(
@@ -329,11 +328,13 @@ def detect(
     found = {variant: predict(detector, test.images, params.batch) for variant, detector in detectors.items()}
     stats = {label: score(test, found[variant], model, params) for label, variant in variants.items()}
     files.write_json(out / "detections.json", _shown(found[variants["tuned"]]))
-    per_epoch = params.batch * max(1, len(train_set.images) // params.batch)
+    steps = partial(sampling.steps, train_set.repeat_factors(params.repeat_threshold), params.batch, seed=seed)
     detail = {
         "anchor_recall": recall, "categories": train_set.categories, "chosen": chosen, "grid": grid,
         "images": {"train": len(train_set.images), "val": len(val.images), "test": len(test.images)},
-        "images_seen": {label: per_epoch * params.epochs * variant.length for label, variant in variants.items()},
+        "images_seen": {
+            label: params.batch * steps(epochs=params.epochs * variant.length) for label, variant in variants.items()
+        },
         "oks_sigmas": train_set.sigmas, "parameters": encoders.count(detectors[variants["tuned"]]),
         "trials": len(params.lrs),
     }  # fmt: skip

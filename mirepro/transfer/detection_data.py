@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from faster_coco_eval.core.coco import COCO
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mirepro import files
 from mirepro.data import masks, shards
 from mirepro.errors import UserError
-from mirepro.transfer import coco_eval
+from mirepro.transfer import coco_eval, sampling
 from mirepro.transfer.coco_eval import Federated
 
 Target = dict[str, Tensor]
@@ -30,6 +31,7 @@ class Scenes:
         sigmas: OKS sigma per keypoint; empty for data without keypoints.
         used: Numbers of the used categories in the data set.
         federated: LVIS's rules; None where every image is labelled for every category.
+        voc: Whether PASCAL VOC's own numbers are stated beside COCO's; a crowd is an object marked difficult then.
     """
 
     images: Tensor
@@ -39,6 +41,11 @@ class Scenes:
     sigmas: list[float]
     used: list[int]
     federated: Federated | None = None
+    voc: bool = False
+
+    def repeat_factors(self, threshold: float) -> NDArray[np.float64]:
+        """`(N,)` how often each image comes in an epoch of training (see `sampling.repeat_factors`)."""
+        return sampling.repeat_factors([target["labels"].numpy() for target in self.targets[0]], threshold)
 
     def truth(self) -> COCO:
         """COCO's index of the objects."""
@@ -77,6 +84,7 @@ def load(
         [float(own if sigma is None else sigma) for own in points.get("sigmas", [])],
         used,
         _rules(split) if "federated" in split.meta else None,
+        split.meta.get("evaluation") == "voc",
     )
 
 
