@@ -41,7 +41,7 @@ COLUMNS = {
 TASKS = {"T2": "box", "T3": "mask", "T4": "keypoint", "T8": "box", "T9": "box", "T10": "mask"}
 VARIANTS = ("tuned", "fixed", "long", "frozen")
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR1", "AR10", "AR20", "AR100",
-              "AR300", "AR", "AR50", "AR75", "ARs", "ARm", "ARl")  # fmt: skip
+              "AR300", "AR", "AR50", "AR75", "ARs", "ARm", "ARl", "VOC07", "VOC10")  # fmt: skip
 FEW_SEEDS = {1: "n = 1: supports no claim"}
 
 

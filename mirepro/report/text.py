@@ -45,7 +45,7 @@ def groups(table: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """The table's columns in portions that fit a page, each with a heading (empty for a single one)."""
     columns, name = list(table["columns"]), table["table"]
     if name in MODELS:
-        main = [column for column in columns if _statistic(column) in ("AP", "AP50", "AP75")]
+        main = [column for column in columns if _statistic(column) in ("AP", "AP50", "AP75", "VOC07", "VOC10")]
         rest = [column for column in columns if column not in main]
         return [("Average precision", main), *([("All other COCO numbers", rest)] if rest else [])]
     result, start = [], 0
