@@ -35,6 +35,17 @@ class Known:
         """What is known about the newest attempt; of a closed one the ledger's own word."""
         if not self.attempt.open:
             return Status("ended", self.attempt.state.upper(), detail=self.attempt.reason)
+        return self._asked
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing of the job is at work: its result stands a moment before its last processes end."""
+        phase = self._asked.phase
+        return phase in ("ended", "absent") or (phase == "unreachable" and not self.attempt.open)
+
+    @property
+    def _asked(self) -> Status:
+        """What the scheduler says about the newest attempt."""
         try:
             return self.launcher.scheduler.status(self.attempt, name(self.entry.stage, self.attempt))
         except (Unreachable, UserError) as error:
@@ -156,7 +167,7 @@ def prune(
     root, count = profiles.find_root(), 0
     for item in known(root):
         young = time.time() - item.attempt.submitted < 86400 * days
-        if young or (item.attempt.open and item.status.phase not in ("ended", "absent")):
+        if young or not item.over:
             continue
         ledger, mark = item.launcher.ledger, item.entry.fingerprint
         shutil.rmtree(ledger.folder / mark, ignore_errors=True)

@@ -251,17 +251,20 @@ class Handle:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def uninterrupted(children: bool = True) -> Iterator[None]:
     """Holds Ctrl-C and a polite kill back until the end, from child processes too: a submission ends in the ledger.
 
     The mask is what children inherit; the handlers hold back what another thread of this process receives meanwhile
     (they are the main thread's, the only one that Python interrupts).
+
+    Args:
+        children: Whether child processes inherit the mask; those that start a stage may not, for they outlast it.
     """
     held: list[int] = []
     polite = (signal.SIGINT, signal.SIGTERM)
     handled = polite if threading.current_thread() is threading.main_thread() else ()
     handlers = {number: signal.signal(number, lambda number, _: held.append(number)) for number in handled}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, polite)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, polite if children else ())
     try:
         yield
     finally:

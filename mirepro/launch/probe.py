@@ -88,17 +88,19 @@ def _run(root: Path, place: Site, scheduler: Scheduler, kinds: list[str]) -> str
     section = dataclasses.replace(place.section(kinds[0]), time=MINUTES, nodes=1, tasks=1, grace=30)
     base = root / ".mirepro" / "jobs"
     base.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="probe-", dir=base) as folder:
+    with tempfile.TemporaryDirectory(prefix="probe-", dir=base, ignore_cleanup_errors=True) as folder:
         report, title = Path(folder) / "report.json", f"probe.{Path(folder).name[-8:]}"
         started = time.monotonic()
         job = scheduler.submit(Request(title, root, Path(folder), Probe(report), section, 0))
         attempt = Attempt("", folder, "submitted", scheduler.cluster(), job, time.time())
         try:
             _wait(place, scheduler, attempt, title, report)
+            seconds = time.monotonic() - started
+            while scheduler.status(attempt, title).alive:  # it still writes into the folder
+                time.sleep(0.5)
         except BaseException:
             scheduler.cancel(attempt, title)
             raise
-        seconds = time.monotonic() - started
         node = re.search(r'"node": "([^"]*)"', report.read_text())
         where = node[1] if node else "?"
         return f"{', '.join(kinds)}: job {job.partition('.')[0]} ran on {where}, back in {seconds:.1f} s"

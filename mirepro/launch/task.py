@@ -52,8 +52,8 @@ class Task:
 
     def __call__(self) -> str | None:
         """Returns None, or in one line what was refused; other errors are submitit's to report."""
+        # The computation makes the work folder: a late rank must not, its result may have been collected already.
         self._started, self._found = time.monotonic(), stamp(self.work)
-        self.work.mkdir(parents=True, exist_ok=True)
         os.environ[progress.REPORT] = str(self.work / "progress")
         _substitute_scontrol()
         die_with_client()

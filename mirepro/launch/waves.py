@@ -18,7 +18,7 @@ from mirepro.errors import UserError
 from mirepro.execution import KEEP
 from mirepro.launch.board import Board, Line
 from mirepro.launch.dvc import mend
-from mirepro.launch.launcher import Detached, farewell
+from mirepro.launch.launcher import Detached, farewell, uninterrupted
 from mirepro.launch.nursery import Nursery
 from mirepro.launch.plan import Pipeline, Plan, is_code
 from mirepro.launch.remote import Dispatch, Remote
@@ -152,13 +152,13 @@ class Starter:
         """Starts DVC for computed stages, or for one whose command does everything."""
         names = [item.name for item in items]
         command = [sys.executable, "-m", "mirepro.launch.dvc", "--wait-for-lock", "repro", "--single-item", *names]
-        with items[0].log.open("ab") as output:
+        with items[0].log.open("ab") as output, uninterrupted(children=False):
             process = subprocess.Popen(
                 command, cwd=self._root, env=self._environment, stdout=output, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=(self._lock,),
             )  # fmt: skip
-        for item in items:
-            item.process, item.mates = process, len(items)
+            for item in items:
+                item.process, item.mates = process, len(items)
 
 
 def repro(profile: Profile, targets: Sequence[str], jobs: int, keep_going: bool = False) -> int:
@@ -239,7 +239,8 @@ class Wave:
         busy = sum(not item.frees for item in self._running)
         for name in ready[: self._jobs - busy]:
             del self._waiting[name]
-            self._running.append(self._starter.start(name))
+            with uninterrupted(children=False):  # a process that has started is known, so that it can be stopped
+                self._running.append(self._starter.start(name))
 
     def _collect(self) -> None:
         """Hands over what waits for DVC; stages whose command computes are not held up, nor kept waiting by others."""
