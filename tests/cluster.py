@@ -4,6 +4,7 @@ Runs as root without systemd; everything is stopped by its pid file.
 """
 
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from mirepro.launch.slurm import TRANSIENT
+
 TOOLS = ("munged", "slurmctld", "slurmd", "squeue", "sbatch", "sinfo")
 DATABASE = ("slurmdbd", "mariadbd", "sacct")
 
@@ -23,8 +26,9 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/run/munge.sock,cred_expire=5
+AuthInfo=socket={folder}/run/munge.sock,cred_expire=20
 CredType=cred/munge
+MessageTimeout={silence}
 SlurmctldPort={port}
 SlurmctldPidFile={folder}/run/slurmctld.pid
 SlurmdPidFile={folder}/run/slurmd-%n.pid
@@ -55,7 +59,7 @@ SlurmctldTimeout=10
 SlurmdTimeout={patience}
 {nodes}
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
-PartitionName=polite Nodes=n[1-2] MaxTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=polite Nodes=n[1-2] MaxTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=90
 PartitionName=urgent Nodes=n[1-2] MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 """
 
@@ -89,6 +93,12 @@ create user slurm@localhost identified by 'slurm'; grant all on slurm_acct_db.* 
 """
 
 
+SILENCE = 90
+"""Seconds that Slurm's daemons and commands wait for one of them that is not scheduled for a while."""
+LONG = 300
+"""Seconds after which a command counts as hung."""
+
+
 def missing(accounts: bool = False) -> list[str]:
     """Commands that a cluster needs and this machine lacks."""
     path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
@@ -105,6 +115,18 @@ def until(condition: Callable[[], object], seconds: float, what: str) -> None:
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {seconds:.0f} s"
         time.sleep(0.1)
+
+
+def working(folder: Path) -> list[str]:
+    """Processes of jobs, in a container or outside, whose command line names a folder or something in it."""
+    found, name = [], os.fsencode(folder)
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            line = (path / "cmdline").read_bytes()
+            python = b"python" in line.split(b"\0")[0]
+            if python and (b"submitit.core._submit" in line or b"submitit.local._local" in line) and name in line:
+                found.append(path.name)
+    return found
 
 
 class Cluster:
@@ -136,9 +158,14 @@ class Cluster:
         return {"SLURM_CONF": str(self.folder / "etc" / "slurm.conf"), "PATH": path}
 
     def run(self, *words: str, check: bool = True) -> str:
-        """Output of a command on this cluster."""
+        """Output of a command on this cluster; repeated where a daemon did not answer, if it submits nothing."""
         environment = os.environ | self.environment
-        result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        end = time.monotonic() + (SILENCE if check and words[0] != "sbatch" else 0)
+        while True:
+            result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=LONG, check=False)
+            if not (result.returncode and TRANSIENT.search(result.stderr) and time.monotonic() < end):
+                break
+            time.sleep(0.5)
         assert result.returncode == 0 or not check, f"{words}: {result.stderr}"
         return result.stdout.strip()
 
@@ -159,7 +186,7 @@ class Cluster:
         self.control()
         for node in ("n1", "n2"):
             self.node(node)
-        until(lambda: self.run("sinfo", "-h", "-o", "%T", "-p", "main", check=False) == "idle", 30, "idle nodes")
+        until(lambda: self.run("sinfo", "-h", "-o", "%T", "-p", "main", check=False) == "idle", 120, "idle nodes")
 
     def control(self) -> None:
         """Starts slurmctld."""
@@ -178,15 +205,18 @@ class Cluster:
             with suppress(FileNotFoundError, ValueError, ProcessLookupError):
                 pid = int(path.read_text())
                 os.kill(pid, sign)
-                until(lambda pid=pid: not _lives(pid), 20, f"end of {daemon}")
+                until(lambda pid=pid: not _lives(pid), 60, f"end of {daemon}")
 
     def stop(self) -> None:
-        """Cancels all jobs and ends all daemons."""
-        with suppress(subprocess.TimeoutExpired):
-            self.run("timeout", "5", "scancel", "--user=root", check=False)
-        time.sleep(0.3)
+        """Cancels all jobs and ends all daemons, by force where they do not heed the signal."""
+        self.run("timeout", "5", "scancel", "--user=root", check=False)
+        with suppress(AssertionError):
+            until(lambda: not self.run("timeout", "5", "squeue", "--noheader", check=False), 20, "an empty queue")
         for daemon in ("slurmd-n1", "slurmd-n2", "slurmctld", "slurmdbd", "mariadb", "munged"):
-            self.kill(daemon)
+            try:
+                self.kill(daemon)
+            except AssertionError:
+                self.kill(daemon, signal.SIGKILL)
 
     def _write(self, options: dict[str, object]) -> None:
         key = self.folder / "etc" / "munge.key"
@@ -200,6 +230,7 @@ class Cluster:
         common = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={self._cpus} RealMemory=2000 State=UNKNOWN"
         nodes = "\n".join(f"NodeName=n{i} Port={self._port + i} {common}" for i in (1, 2))
         values = {"name": self._name, "host": host, "folder": folder, "port": self._port, "nodes": nodes}
+        values["silence"] = SILENCE
         text = CONF.format(**values, **options, accounting=accounting)
         (folder / "etc" / "slurm.conf").write_text(text)
         (folder / "etc" / "oci.conf").write_text(OCI_CONF.format(folder=folder))  # for srun --container
@@ -224,18 +255,33 @@ class Cluster:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         client = ("--no-defaults", f"--socket={folder}/sock", "--user=root")
-        until(lambda: "alive" in self.run("mariadb-admin", *client, "ping", check=False), 30, "MariaDB")
+        until(lambda: "alive" in self.run("mariadb-admin", *client, "ping", check=False), 120, "MariaDB")
         self.run("mariadb", *client, f"--execute={GRANTS}")
         self.run("slurmdbd")
-        until(lambda: _listens(self._dbd), 30, "slurmdbd")
+        until(lambda: _listens(self._dbd), 120, "slurmdbd")
 
 
 def _free_ports() -> tuple[int, int, int]:
     """A base for controller and nodes, a port for slurmdbd and one for MariaDB, all free now."""
     for base in range(18000, 26000, 200):
-        if not any(map(_listens, (base, base + 1, base + 2, base + 100, base + 101))):
+        if all(map(_free, (base, base + 1, base + 2, base + 100, base + 101))):
             return base, base + 100, base + 101
     raise AssertionError("no free ports")
+
+
+def free_port() -> int:
+    """A port that is free and below those that outgoing connections get, so that it stays free until it is used."""
+    return next(port for port in random.sample(range(27000, 32000), 100) if _free(port))
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the daemons do
+        try:
+            server.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def _listens(port: int) -> bool:

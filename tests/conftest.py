@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from audited import Project
 
 ROOT = Path(__file__).resolve().parent.parent
+SLOW = 2400  # seconds, in place of pyproject.toml's
 for line in (ROOT / "portable.env").read_text().splitlines():
     name, value = line.split("=", 1)
     os.environ[name] = value
@@ -24,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Runs slow tests late, so that a mistake shows early, and those of daemons last.
 
     With pytest-xdist a group stays on one worker: a file's fast or slow tests, which share their fixtures, and all
-    tests of daemons, which would disturb one another.
+    tests of daemons, which would disturb one another. Slow ones have time enough on a busy machine, too.
     """
     ranks = [
         (item.get_closest_marker("infra") is not None, item.get_closest_marker("slow") is not None) for item in items
@@ -32,6 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item, (infra, slow) in zip(items, ranks, strict=True):
         group = "infra" if infra else f"{item.path.stem} {'slow' if slow else 'fast'}"
         item.add_marker(pytest.mark.xdist_group(group))
+        if slow and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW))
     order = sorted(range(len(items)), key=ranks.__getitem__)
     items[:] = [items[place] for place in order]
 

@@ -33,7 +33,7 @@ HANGS = 3600  # seconds
 SURVIVES = 20  # seconds that a run is watched after a kill of one of its stages, before the next kill
 MOMENTS: dict[str, tuple[str, ...]] = {
     "any": (),
-    "checkpoint": (".mirepro/work/*/state/.checkpoint*.new",),
+    "checkpoint": (".mirepro/work/*/state/.checkpoint*.new", ".mirepro/work/*/state/checkpoint.safetensors"),
     "computed": (".mirepro/work/*/finished",),
     "collecting": ("runs/*/*/.*.new", "metrics/*/.*.new", "metrics/*/*/.*.new"),
     "committing": (".dvc.lock.new", "dvc.lock"),
@@ -262,7 +262,7 @@ def attempts(subject: Subject, kills: int, longest: float, seed: int, done: int 
 
 def compare(subject: Subject) -> None:
     """Raises Broken where results differ or a process stays."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while (left := subject.processes()) and time.monotonic() < end:
         time.sleep(0.1)
     if left:

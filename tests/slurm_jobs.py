@@ -23,7 +23,10 @@ def refuse(work: Path) -> None:
 
 
 def count(work: Path, steps: int, seconds: float) -> None:
-    """Counts to `steps`, one checkpoint each, going on where an earlier run stopped; notes where each run began."""
+    """Counts to `steps`, one checkpoint each, going on where an earlier run stopped; notes where each run began.
+
+    Only the first run pauses between the steps: it lasts until it is stopped, and the one that resumes it ends at once.
+    """
     state = work / "state"
     state.mkdir(parents=True, exist_ok=True)
     (work / "where").write_text(os.environ.get("container", ""))  # noqa: SIM112 (podman sets it)
@@ -32,7 +35,7 @@ def count(work: Path, steps: int, seconds: float) -> None:
     with (work / "runs").open("a") as file:
         file.write(f"{os.environ.get('SLURM_JOB_ID')} {first}\n")
     for step in range(first, steps):
-        time.sleep(seconds)
+        time.sleep(0.0 if first else seconds)
         fresh = state / ".step"
         fresh.write_text(str(step + 1))
         os.replace(fresh, checkpoint)

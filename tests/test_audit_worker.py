@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def processes(made: Worker) -> list[psutil.Process]:
 
 def gone(found: list[psutil.Process]) -> bool:
     """Whether processes end soon; the kernel ends those inside bubblewrap after it."""
-    return not psutil.wait_procs(found, timeout=20)[1]
+    return not psutil.wait_procs(found, timeout=120)[1]
 
 
 def test_one_process_answers_for_all_stages(own: Worker, box: Path) -> None:
@@ -81,10 +80,14 @@ def test_a_killed_sandbox_is_a_failure_and_no_hang(own: Worker) -> None:
 
 
 def test_time_limit(own: Worker) -> None:
-    started = time.monotonic()
+    """A worker that never answers is left, and its processes end; the next stage has another."""
+    assert own.run("tables").code == 0
+    stopped = processes(own)
+    for process in stopped:
+        process.suspend()
     assert own.run("tables", 0.01) == sandbox.Outcome(124, "stopped after 0.01 s")
-    assert time.monotonic() - started < 30
-    assert own.run("tables", 120).code == 0
+    assert gone(stopped)
+    assert own.run("tables", 300).code == 0
 
 
 def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[..., Any]) -> tuple[int, str]:

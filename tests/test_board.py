@@ -1,10 +1,19 @@
 """What a reproduction shows, on a terminal and elsewhere."""
 
-import time
+from types import SimpleNamespace
 
 import pytest
 
+from mirepro.launch import board as module
 from mirepro.launch.board import Board, Line, clock
+
+NOW = 1000.0
+
+
+@pytest.fixture(autouse=True)
+def still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The board's clock stands still, however long a test takes."""
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: NOW))
 
 
 def test_clock() -> None:
@@ -16,7 +25,7 @@ def shown(job: str = "") -> None:
     """A board of two stages, one of which has ended."""
     with Board({"toy": 10.0, "pretrain@ir-s0": 100.0}, 1) as board:
         board.finish("toy", 20.0, True)
-        board.show([Line("pretrain@ir-s0", time.monotonic() - 50, "25%  loss 1.5", "RUNNING" if job else "", job)])
+        board.show([Line("pretrain@ir-s0", NOW - 50, "25%  loss 1.5", "RUNNING" if job else "", job)])
 
 
 def test_a_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -126,9 +127,11 @@ def test_writers_of_one_file_wait_for_each_other(tmp_path: Path) -> None:
     """Many processes write the same file: it always is one of the contents, whole, and nothing is left beside it."""
     code = (
         "import sys; from pathlib import Path; from mirepro import files\n"
-        "for i in range(40): files.write_bytes(Path(sys.argv[1]), sys.argv[2].encode() * 300_000)"
+        "path, i = Path(sys.argv[1]), 0\n"
+        "while i < 40 or not path.with_name('enough').exists():\n"
+        "    i += 1; files.write_bytes(path, sys.argv[2].encode() * 300_000)"
     )
-    path = tmp_path / "file"
+    path, enough, end = tmp_path / "file", tmp_path / "enough", time.monotonic() + 120
     writers = [subprocess.Popen([sys.executable, "-c", code, str(path), letter]) for letter in "abc"]
     seen = set()
     while any(writer.poll() is None for writer in writers):
@@ -137,9 +140,11 @@ def test_writers_of_one_file_wait_for_each_other(tmp_path: Path) -> None:
             assert len(content) == 300_000
             assert len(set(content)) == 1
             seen.add(content[:1])
+        if len(seen) > 1 or time.monotonic() > end:
+            enough.touch()
     assert [writer.wait() for writer in writers] == [0, 0, 0]
     assert len(seen) > 1
-    assert [item.name for item in tmp_path.iterdir()] == ["file"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["enough", "file"]
 
 
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

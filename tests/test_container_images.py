@@ -5,11 +5,9 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from audited import Project, commit
+from cluster import until
 from registries import serve
 from test_containers import REQUIRED, build, git, need
 
@@ -127,7 +126,7 @@ def trade(address: str, blobs: Path, digest: str, publisher: Trust, stranger: Tr
 
 @pytest.fixture
 def docker() -> Iterator[Callable[..., str]]:
-    """docker's command line with a dockerd of its own, which is stopped by its pid file; root only."""
+    """docker's command line with a dockerd of its own, which ends with the test; root only."""
     need("dockerd", "docker", "g++")
     if os.geteuid() != 0:
         pytest.skip("dockerd needs root")
@@ -141,20 +140,19 @@ def docker() -> Iterator[Callable[..., str]]:
 
     def call(*words: str, code: int = 0) -> str:
         env = os.environ | {"DOCKER_HOST": address, "DOCKER_BUILDKIT": "0", "DOCKER_CONFIG": str(folder)}
-        done = subprocess.run(["docker", *words], env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(["docker", *words], env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == code, done.stderr + (folder / "log").read_text()[-2000:]
         return done.stdout.strip() if code == 0 else done.stderr.strip()
 
-    for _ in range(200):
-        if (folder / "socket").exists() or server.poll() is not None:
-            break
-        time.sleep(0.1)
     try:
+        until(lambda: (folder / "socket").exists() or server.poll() is not None, 120, "dockerd")
         yield call
     finally:
-        if pid.exists():
-            os.kill(int(pid.read_text()), signal.SIGTERM)
-        server.wait(30)
+        server.terminate()
+        try:
+            server.wait(120)
+        except subprocess.TimeoutExpired:
+            server.kill()
         shutil.rmtree(folder)
 
 

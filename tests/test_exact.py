@@ -16,7 +16,7 @@ from tests.test_pretrain import bytes_of, data
 __all__ = ["data"]
 
 PROGRAM = """
-import dataclasses, sys
+import dataclasses, sys, time
 from pathlib import Path
 from mirepro import determinism, pretrain
 from tests.test_pretrain import run
@@ -27,6 +27,8 @@ begin = pretrain.Trainer.begin
 def noted(trainer, epoch):
     with (Path(work) / "begun.txt").open("a") as file:
         print(epoch, file=file)
+    if float(seconds) < 0 and epoch == 6:
+        time.sleep(600)  # it waits to be killed
     begin(trainer, epoch)
 pretrain.Trainer.begin = noted
 out = Path(work) / "out"
@@ -41,7 +43,10 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 def start(
     data: Path, work: Path, device: str, name: str, seed: int = 0, seconds: float = 1e9
 ) -> subprocess.Popen[bytes]:
-    """A run in a process of its own, in the tier's environment; a checkpoint every so many seconds."""
+    """A run in a process of its own, in the tier's environment; a checkpoint every so many seconds.
+
+    With less than 0 seconds it does not get beyond half of its epochs.
+    """
     pinned = determinism.environment("portable", 1)
     kept = {key: value for key, value in os.environ.items() if key not in pinned}
     environment = kept | determinism.environment("exact", 1) | {"PYTHONPATH": str(Path(__file__).parents[1])}

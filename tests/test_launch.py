@@ -8,19 +8,19 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import slurm_jobs
-from cluster import until
+from cluster import until, working
 from miniature import Miniature
 
 from mirepro import execution, site, stages
 from mirepro.errors import UserError
-from mirepro.launch import slurm, waves
+from mirepro.launch import commands, probe, scheduler, slurm
 from mirepro.launch.container import Container
 from mirepro.launch.launcher import uninterrupted
-from mirepro.launch.ledger import Attempt
-from mirepro.launch.plan import Plan
+from mirepro.launch.ledger import Attempt, Entry, Status
 from mirepro.launch.scheduler import Local, Request
 from mirepro.launch.task import BARREN, Task
 from mirepro.site import Section, parse_minutes
@@ -153,60 +153,9 @@ def test_job_whose_limit_is_too_short_gives_up(tmp_path: Path) -> None:
     task.checkpoint()
 
 
-def test_keep_going_leaves_out_what_needs_the_failed_stage() -> None:
-    needs: dict[str, set[str]] = {"a": set(), "b": {"a"}, "c": {"b"}, "d": set()}
-    assert waves._needing(Plan(needs, list(needs), {}), "a") == {"b", "c"}
-    assert waves._needing(Plan(needs, list(needs), {}), "d") == set()
-
-
-class Computed:
-    """A computation that is over."""
-
-    exitcode, pid = 0, None
-
-
-class GroupStarter:
-    """Starts stages that are computed already; a DVC that collects `bad` among others fails for all of them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.groups, self.done = folder, [], []
-
-    def start(self, name: str) -> waves.Running:
-        log = self.folder / f"{name}.log"
-        log.touch()
-        return waves.Running(name, Computed(), log, log)
-
-    def recorded(self, names: list[str]) -> None:
-        self.done += names
-
-    def collect(self, items: list[waves.Running]) -> None:
-        self.groups.append([item.name for item in items])
-        code = "exit 1" if "bad" in self.groups[-1] else "exit 0"
-        process = subprocess.Popen(["sh", "-c", code], start_new_session=True)
-        for item in items:
-            item.process, item.mates = process, len(items)
-
-
-@pytest.mark.parametrize("names", [["a", "bad", "b", "c"], ["a", "b", "c"]])
-def test_a_group_that_dvc_refuses_is_collected_one_by_one(tmp_path: Path, names: list[str]) -> None:
-    starter = GroupStarter(tmp_path)
-    plan = Plan({name: set() for name in names}, names, {})
-    wave = waves.Wave(starter, plan, 8, waves.Board({}, 8, quiet=True))  # type: ignore[arg-type]
-    if "bad" in names:
-        with pytest.raises(waves.StageFailed, match=r"^bad failed \(exit 1\)") as caught:
-            wave.run()
-        assert "failed" not in str(caught.value).replace("bad failed", "")
-        assert sorted(starter.groups[1:]) == [[name] for name in sorted(names)]
-    else:
-        wave.run()
-    assert starter.groups[0] == names
-    assert sorted(starter.done) == sorted(set(names) - {"bad"})
-    assert len(starter.groups) == (1 + len(names) if "bad" in names else 1)
-
-
 def test_local_job_is_known_by_its_start_not_its_number_alone(tmp_path: Path) -> None:
     local = Local()
-    sleeper = subprocess.Popen(["sleep", "30"], start_new_session=True)
+    sleeper = subprocess.Popen(["sleep", "600"], start_new_session=True)
     try:
         identity = Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(")")[2].split()[19]
         attempt = Attempt("t", "f", "submitted", local.cluster(), f"{sleeper.pid}.{identity}")
@@ -216,10 +165,57 @@ def test_local_job_is_known_by_its_start_not_its_number_alone(tmp_path: Path) ->
         seen = [local.status(item, "x").phase for item in (attempt, stranger, reboot, elsewhere)]
         assert seen == ["running", "absent", "absent", "unreachable"]
         local.cancel(attempt, "x")
-        assert local.status(attempt, "x").phase == "absent"
+        until(lambda: local.status(attempt, "x").phase == "absent", 60, "its end")
     finally:
         sleeper.kill()
         sleeper.wait()
+
+
+def test_a_finished_job_is_over_when_its_processes_are() -> None:
+    """Its files are not forgotten before: they may still be written."""
+    local = Local()
+    sleeper = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    attempt = Attempt("t", "f", "finished", local.cluster(), scheduler._identity(sleeper.pid))
+    known = commands.Known(Entry("f", "toy", "local", [attempt]), attempt, SimpleNamespace(scheduler=local))
+    try:
+        assert (known.status.state, known.over) == ("FINISHED", False)
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    assert known.over
+
+
+def test_a_late_rank_makes_no_folder_for_a_result_that_was_collected(tmp_path: Path) -> None:
+    Task(lambda: None, tmp_path / "work", 60.0)()
+    assert not (tmp_path / "work").exists()
+
+
+class Lingering:
+    """A scheduler whose job still writes into its folder when its report stands."""
+
+    def __init__(self) -> None:
+        self.folder, self.looks = Path(), 0
+
+    def cluster(self) -> str:
+        return "here"
+
+    def submit(self, request: Request) -> str:
+        self.folder = request.folder
+        request.call()
+        return "1"
+
+    def status(self, attempt: Attempt, name: str) -> Status:
+        (self.folder / f"{self.looks}_result.pkl").touch()
+        self.looks += 1
+        return Status("running" if self.looks < 3 else "ended")
+
+
+def test_the_probe_waits_for_the_end_of_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lingering = Lingering()
+    monkeypatch.setattr(probe, "create", lambda place: lingering)
+    assert "ran on" in list(probe.probe(tmp_path, "local"))[1]
+    assert lingering.looks == 3
+    assert not lingering.folder.exists()
 
 
 @pytest.fixture
@@ -233,6 +229,7 @@ def test_local_jobs_and_the_commands_about_them(miniature: Miniature) -> None:
     result = miniature.run("repro", "--launch", "local", "--jobs", "3")
     assert result.returncode == 0, result.stderr
     assert "pretrain@ball-s0 is job " in result.stderr
+    until(lambda: not working(miniature.root), 60, "the end of the processes")
     listing = miniature.run("jobs", "list").stdout
     assert listing.count("FINISHED") == 7
     assert "Job completed successfully" in miniature.run("jobs", "logs", "toy").stdout
@@ -243,7 +240,8 @@ def test_local_jobs_and_the_commands_about_them(miniature: Miniature) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_waits_for_the_submission(number: signal.Signals) -> None:
+@pytest.mark.parametrize("children", [True, False])
+def test_an_interruption_waits_for_the_submission(number: signal.Signals, children: bool) -> None:
     """Another thread takes the signal where the main one blocks it; the control is the blocking alone."""
 
     class Told(Exception):
@@ -252,15 +250,18 @@ def test_an_interruption_waits_for_the_submission(number: signal.Signals) -> Non
     def tell(*_: object) -> None:
         raise Told
 
-    def interrupt() -> None:
+    def interrupt(milliseconds: int) -> None:
         os.kill(os.getpid(), number)
-        for _ in range(100):
+        for _ in range(milliseconds):
             time.sleep(0.001)
 
     def submit() -> None:
-        with uninterrupted():
-            interrupt()
+        with uninterrupted(children):
+            assert (number in signal.pthread_sigmask(signal.SIG_BLOCK, ())) == children  # what a child inherits
+            interrupt(100)
             done.append("submitted")
+        for _ in range(60_000):  # the other thread may take its time
+            time.sleep(0.001)
 
     done: list[str] = []
     stop, mask = threading.Event(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
@@ -274,7 +275,7 @@ def test_an_interruption_waits_for_the_submission(number: signal.Signals) -> Non
         assert signal.getsignal(number) is tell
         signal.pthread_sigmask(signal.SIG_BLOCK, {number})
         with pytest.raises(Told):
-            interrupt()
+            interrupt(60_000)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(number, before)
@@ -283,25 +284,25 @@ def test_an_interruption_waits_for_the_submission(number: signal.Signals) -> Non
 
 
 @pytest.mark.slow
-def test_interrupted_reproduction_detaches_and_comes_back(miniature: Miniature) -> None:
+def test_interrupted_reproduction_detaches_and_comes_back(miniature: Miniature, tmp_path: Path) -> None:
     (miniature.root / "slow").touch()
     command = [sys.executable, "-m", "mirepro", "repro", "pretrain@ring-s0", "--launch", "local"]
     head = subprocess.Popen(command, cwd=miniature.root, env=miniature.environment, stderr=subprocess.PIPE, text=True)
     entries = miniature.root / ".mirepro" / "jobs"
-    until(lambda: any('"state": "submitted"' in path.read_text() for path in entries.glob("*.json")), 60, "start")
+    until(lambda: any('"state": "submitted"' in path.read_text() for path in entries.glob("*.json")), 120, "start")
     head.send_signal(signal.SIGINT)
-    error = head.communicate(timeout=30)[1]
+    error = head.communicate(timeout=120)[1]
     assert head.returncode == 130
     found = re.search(r"detached; job (\d+) continues; rerun to re-attach, `mirepro jobs cancel \1` to stop", error)
     assert found, error
     assert f"{found[1]}  pretrain@ring-s0  local  RUNNING" in miniature.run("jobs", "list").stdout
-    head = subprocess.Popen(command, cwd=miniature.root, env=miniature.environment, stderr=subprocess.PIPE, text=True)
-    time.sleep(4)
+    said = tmp_path / "said"
+    with said.open("w") as file:
+        head = subprocess.Popen(command, cwd=miniature.root, env=miniature.environment, stderr=file)
+    until(lambda: f"pretrain@ring-s0 is job {found[1]}\n" in said.read_text(), 120, "attaching again")
     assert f"{found[1]} pretrain@ring-s0: cancelled" in miniature.run("jobs", "cancel", found[1]).stdout
-    error = head.communicate(timeout=30)[1]
-    assert f"pretrain@ring-s0 is job {found[1]}" in error  # re-attached
-    assert head.returncode == 1
-    assert "cancelled by `mirepro jobs cancel`" in error
+    assert head.wait(120) == 1
+    assert "cancelled by `mirepro jobs cancel`" in said.read_text()
     (miniature.root / "slow").unlink()
     again = miniature.run("repro", "pretrain@ring-s0", "--launch", "local")
     assert again.returncode == 0, again.stderr

@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from mirepro.errors import UserError
+from mirepro.launch import launcher as launcher_module
 from mirepro.launch import ledger
 from mirepro.launch.launcher import Handle, JobFailed, Launcher, Ticket, outcome
 from mirepro.launch.ledger import Attempt, Decision, Failure, Sight, Status, decide
@@ -302,15 +304,19 @@ def test_two_heads_submit_once(tmp_path: Path) -> None:
     assert fake.count == 1
 
 
-def test_gone_job_gets_time_to_settle(tmp_path: Path) -> None:
+def test_gone_job_gets_time_to_settle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(launcher_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     fake = Fake()
-    launcher, ticket = make(tmp_path, fake, settle=0.3)
+    launcher, ticket = make(tmp_path, fake, settle=20.0)
     handle = launcher.start(ticket)
     handle.poll()
     fake.jobs["1"].status = Status("absent")
-    handle.poll()
-    assert fake.count == 1
-    time.sleep(0.4)
+    for seconds in (0.0, 19.9):
+        now[0] += seconds
+        handle.poll()
+        assert fake.count == 1
+    now[0] += 0.2
     handle.poll()
     assert fake.count == 2
 

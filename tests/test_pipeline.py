@@ -6,13 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
+from cluster import until
 from miniature import Miniature
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc")
@@ -181,24 +181,19 @@ def test_interruption_reaches_the_stages(made: Miniature, number: int) -> None:
         head = subprocess.Popen(command, cwd=made.root, env=made.environment, stderr=subprocess.PIPE, text=True)
         started = _wait_for(made.root / ".mirepro" / "work", "*/state/started")
         os.kill(head.pid, number)
-        error = head.communicate(timeout=30)[1]
+        error = head.communicate(timeout=120)[1]
         assert head.returncode == 130
         assert error.strip().splitlines()[-1] == "mirepro: interrupted; the same command continues"
         assert started.exists()
-        assert not _alive(made.root)
+        until(lambda: not _alive(made.root), 60, "the end of its processes")
     (made.root / "slow").unlink()
     assert made.run("repro").returncode == 0
     assert made.stale() == set()
 
 
 def _wait_for(folder: Path, pattern: str) -> Path:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        found = next(folder.glob(pattern), None)
-        if found is not None:
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"{folder}/{pattern} never came")
+    until(lambda: next(folder.glob(pattern), None), 120, pattern)
+    return next(folder.glob(pattern))
 
 
 def _alive(root: Path) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,18 +111,21 @@ def test_kill_9_at_random_moments_changes_no_bit(name, data, tmp_path):
     whole = train(run(name, epochs=30), data, tmp_path / "whole")
     work, kills = tmp_path / "killed", 0
     command = [sys.executable, "-c", PROGRAM, str(data), str(work), name]
-    for attempt in range(12):
+    for attempt in range(24):
         process = subprocess.Popen(command, env=os.environ)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         before = _stamp(work)
         while process.poll() is None and _stamp(work) == before and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.03 * (attempt % 7))
-        if attempt < 8 and process.poll() is None:
+        if kills < 8 and process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
         if process.wait() == 0:
-            break
+            if kills >= 2:
+                break
+            shutil.rmtree(work)  # it was over too soon; from nothing again
+            kills = 0
     assert kills >= 2
     assert process.returncode == 0
     assert bytes_of(work / "out") == bytes_of(whole)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from cluster import free_port
 from torch import nn
 
 from mirepro import execution, ranks
@@ -34,9 +34,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 
 def start(size: int, *arguments: object, **variables: str) -> list[subprocess.Popen[str]]:
     """`size` ranks of `tests.ranks`; one of them is a plain process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "tests.ranks", *map(str, arguments)]
     processes = []
     for rank in range(size):
@@ -90,7 +88,7 @@ def test_ranks_that_do_not_divide_the_shards_are_refused_by_every_rank(data, tmp
             errors.strip()
             == f"mirepro: rank {rank}: 3 ranks cannot share pretrain.shards 4 equally; start one of 1, 2, 4"
         )
-    assert time.monotonic() - started < 120
+    assert time.monotonic() - started < 300  # not ranks.TIMEOUT
 
 
 @pytest.mark.slow
@@ -98,8 +96,8 @@ def test_a_killed_rank_ends_the_others_at_once(data, tmp_path):
     processes = start(2, data, tmp_path, "ring", 4, MIREPRO_TEST_DIE="1:7")
     assert processes[1].wait(300) == -9
     died = time.monotonic()
-    assert processes[0].wait(30) == 2
-    assert time.monotonic() - died < 20
+    assert processes[0].wait(120) == 2
+    assert time.monotonic() - died < 120 < ranks.TIMEOUT.total_seconds()
     (_, said, errors), _ = finish(processes)
     assert said == "resumed at 0\n"
     assert "rank 0: lost the other ranks" in errors
