@@ -8,6 +8,7 @@ import ast
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from mirepro import files
@@ -95,14 +96,30 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+KEPT = 256
+"""Syntax trees, and what was found out about them, that a process remembers; nothing ever changes a tree."""
+
+
+@lru_cache(KEPT)
+def parsed(source: str) -> ast.Module:
+    """The syntax tree of a source; an equal source has the same one, which makes repeated locks cheap."""
+    return ast.parse(source)
+
+
+@lru_cache(KEPT)
+def tree_digest(tree: ast.Module) -> str:
+    """The hash of a parsed module."""
+    return digest(canonical(tree))
+
+
 def source_digest(source: str) -> str:
     """The hash of a module's source."""
-    return digest(canonical(ast.parse(source)))
+    return tree_digest(parsed(source))
 
 
 @dataclass
 class Sources:
-    """The package's modules, parsed at most once.
+    """The package's modules, looked for and parsed at most once.
 
     Attributes:
         root: The repository's root, which holds `mirepro/`.
@@ -110,11 +127,15 @@ class Sources:
 
     root: Path
     trees: dict[str, ast.Module] = field(default_factory=dict)
+    paths: dict[str, Path | None] = field(default_factory=dict)
 
     def path(self, module: str) -> Path | None:
         """The file of a module, None where no such module exists."""
-        base = self.root.joinpath(*module.split("."))
-        return next((path for path in (base / "__init__.py", base.with_suffix(".py")) if path.is_file()), None)
+        if module not in self.paths:
+            base = self.root.joinpath(*module.split("."))
+            places = (base / "__init__.py", base.with_suffix(".py"))
+            self.paths[module] = next((path for path in places if path.is_file()), None)
+        return self.paths[module]
 
     def tree(self, module: str) -> ast.Module:
         """The parsed module.
@@ -127,7 +148,7 @@ class Sources:
             if path is None:
                 raise UserError(f"{module}: no such module under {self.root}; restore the file")
             try:
-                self.trees[module] = ast.parse(path.read_text(encoding="utf-8"))
+                self.trees[module] = parsed(path.read_text(encoding="utf-8"))
             except (SyntaxError, ValueError) as error:
                 line = getattr(error, "lineno", None)
                 raise UserError(f"{path}:{line or 0}: {error.args[0]}; repair the file") from error
@@ -135,17 +156,16 @@ class Sources:
 
     def imports(self, module: str) -> set[str]:
         """Modules of the package that a module imports, wherever in its source; type checking alone does not count."""
-        package = module if (self.path(module) or Path()).name == "__init__.py" else module.rpartition(".")[0]
-        found: set[str] = set()
-        for node in _running(self.tree(module)):
-            if isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                base = _absolute(node, package)
-                for alias in node.names:
-                    inner = f"{base}.{alias.name}"
-                    found.add(inner if self.path(inner) else base)
+        plain, taken = _imported(self.tree(module), self.package(module))
+        found = set(plain)
+        for base, name in taken:
+            if f"{base}.{name}".startswith("mirepro."):
+                found.add(f"{base}.{name}" if self.path(f"{base}.{name}") else base)
         return {name for name in found if name.startswith("mirepro.") and self.path(name)}
+
+    def package(self, module: str) -> str:
+        """The package that a module's relative imports start from."""
+        return module if (self.path(module) or Path()).name == "__init__.py" else module.rpartition(".")[0]
 
     def closure(self, entry: str) -> set[str]:
         """The entry and everything it imports by name; the registry finds objectives at run time, by their own locks.
@@ -167,13 +187,34 @@ class Sources:
         """What the modules take from `target`: by `from target import x`, or as the attribute x of its short name."""
         found: set[str] = set()
         for module in modules:
-            package = module if (self.path(module) or Path()).name == "__init__.py" else module.rpartition(".")[0]
-            for node in ast.walk(self.tree(module)):
-                if isinstance(node, ast.ImportFrom) and _absolute(node, package) == target:
-                    found |= {alias.name for alias in node.names}
-                elif isinstance(node, ast.Attribute) and _named(node.value) == target.rpartition(".")[2]:
-                    found.add(node.attr)
+            imported, attributes = _used(self.tree(module), self.package(module))
+            found |= imported.get(target, set()) | attributes.get(target.rpartition(".")[2], set())
         return found
+
+
+Names = dict[str, set[str]]
+
+
+@lru_cache(KEPT)
+def _imported(tree: ast.Module, package: str) -> tuple[set[str], set[tuple[str, str]]]:
+    """Modules imported whole, and `(module, name)` of what is taken from one; type checking alone does not count."""
+    nodes = list(_running(tree))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    taken = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    return plain, {(_absolute(node, package), alias.name) for node in taken for alias in node.names}
+
+
+@lru_cache(KEPT)
+def _used(tree: ast.Module, package: str) -> tuple[Names, Names]:
+    """`{module: names taken from it}` and `{short name: its attributes}`."""
+    imported: Names = {}
+    attributes: Names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            imported.setdefault(_absolute(node, package), set()).update(alias.name for alias in node.names)
+        elif isinstance(node, ast.Attribute) and (name := _named(node.value)) is not None:
+            attributes.setdefault(name, set()).add(node.attr)
+    return imported, attributes
 
 
 def _named(node: ast.expr) -> str | None:
@@ -199,7 +240,8 @@ def _absolute(node: ast.ImportFrom, package: str) -> str:
     return f"{base}.{node.module}" if node.module else base
 
 
-def sliced(tree: ast.Module, names: set[str]) -> str:
+@lru_cache(KEPT)
+def sliced(tree: ast.Module, names: frozenset[str]) -> str:
     """Canonical text of a module reduced to what `names` reach (`f`, `Class`, `Class.method`), in its order."""
     bound = [(name, node) for node in tree.body for name in _bound(node)]
     methods = [
@@ -213,7 +255,7 @@ def sliced(tree: ast.Module, names: set[str]) -> str:
     for name, node in [*bound, *methods]:
         definitions.setdefault(name, []).append(node)
     kept: set[str] = set()
-    todo = names & definitions.keys()
+    todo = set(names & definitions.keys())
     while todo - kept:
         name = (todo - kept).pop()
         kept.add(name)
@@ -245,10 +287,10 @@ def lock(sources: Sources, entry: str, runner: Mapping[str, set[str]] | None = N
     """
     modules, runner = sources.closure(entry), runner or {}
     python = modules - {OPERATORS, *SLICED}
-    result = {module: digest(canonical(sources.tree(module))) for module in python}
+    result = {module: tree_digest(sources.tree(module)) for module in python}
     for module in sorted((modules & set(SLICED)) | runner.keys()):
         names = sources.names(module, python) | runner.get(module, set())
-        result[module] = digest(sliced(sources.tree(module), names))
+        result[module] = digest(sliced(sources.tree(module), frozenset(names)))
     if OPERATORS in modules:
         result[OPERATORS] = files.sha256(_version(sources.root))
     return result | _texts(sources, python)
@@ -270,11 +312,9 @@ def _version(root: Path) -> Path:
 def _texts(sources: Sources, modules: set[str]) -> dict[str, str]:
     """Files that are no Python (templates, schemas, claims) in the sub-packages of the modules."""
     found: dict[str, str] = {}
-    for module in modules:
-        path = sources.path(module)
-        if path is None or path.parent == sources.root / "mirepro":
-            continue
-        for file in path.parent.rglob("*"):
+    paths = [sources.path(module) for module in modules]
+    for folder in {path.parent for path in paths if path is not None} - {sources.root / "mirepro"}:
+        for file in folder.rglob("*"):
             if file.is_file() and file.suffix in DATA_SUFFIXES:
                 found[str(file.relative_to(sources.root))] = files.sha256(file)
     return found
