@@ -98,6 +98,8 @@ class Project:
             folder.mkdir(parents=True)
             save_file({"weight": np.full(8, place, np.float32)}, folder / "encoder.safetensors")
             files.write_text(folder / "history.jsonl", '{"epoch": 1, "loss": 3.5}\n')
+            links = [{"step": step, "chain": str(step) * 8, "tensors": {}} for step in (2, 4, 6)]
+            files.write_text(folder / "chain.txt", "".join(json.dumps(link) + "\n" for link in links))
         source = Path(__file__).resolve().parent.parent / "metrics" / "desk"
         shutil.copyfile(source / "toy.json", self.root / "metrics" / "desk" / "toy.json")
         controls = files.read_json(source / "controls.json")

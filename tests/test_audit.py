@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -437,11 +438,44 @@ def test_foreign_code_needs_a_sandbox(project: Project, tmp_path: Path) -> None:
     assert replace(nowhere, trusted=True).trusted
 
 
+RELOCKS = {
+    "relock evidence, after the signing": r"signature: relocks/desk/pretrain@ir-s2\.json",
+    "relock evidence of another stage": r"relocks: relocks/desk/pretrain@ir-s0\.json: not the evidence of a stage",
+    "relock evidence of another stage, renamed throughout":
+        r"relocks: relocks/desk/pretrain@ir-s0\.json: of other outputs than the recorded ones",
+    "a digest of the first steps in relock evidence":
+        r"relocks: relocks/desk/pretrain@ir-s2\.json: digests that are not those of the training",
+}  # fmt: skip
+"""What finds each tamper with the evidence of a re-pinned training."""
+
+
+def test_tampers_with_evidence(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is caught for its own reason; the control is an audit that believes evidence, where only signatures tell."""
+    bench = selftest.prepare(project.root, "desk", tmp_path / "work")
+
+    def caught() -> dict[str, str]:
+        before = bench.findings(bench.options(bench.base, 0))
+        assert not before
+        found = {}
+        for words, level, tamper in selftest.evidence_tampers("desk"):
+            folder = bench.copy()
+            tamper(folder)
+            found[words] = selftest._found(bench, folder, level, before)
+        return found
+
+    found = caught()
+    assert {words: bool(re.match(RELOCKS[words], by)) for words, by in found.items()} == dict.fromkeys(RELOCKS, True)
+    monkeypatch.setattr(selftest.relock, "_contradiction", lambda *_: "")
+    assert all(by.startswith("signature: relocks/") for by in caught().values())
+
+
 @pytest.mark.slow
 def test_self_test(project: Project, tmp_path: Path) -> None:
     """Every tamper is caught, and by the check that is there for it."""
     found = {item.tamper: item.by for item in selftest.run(project.root, "desk", tmp_path / "work")}
     assert all(found.values()), found
+    assert found.keys() > RELOCKS.keys()
+    assert all(re.match(start, found[name]) for name, start in RELOCKS.items()), found
     words = {
         "a metric's value": "T1/", "a table's cell": "T1/", "one bit of a checkpoint": "inputs: evaluate@",
         "one bit of a data shard": "data: ", "a manifest's entry": "data: ", "dvc.lock": "outputs: ",

@@ -5,16 +5,17 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mirepro import files, profiles
-from mirepro.audit import integrity, levels, output, release, source, statement
+from mirepro import diff, files, profiles
+from mirepro.audit import integrity, levels, output, release, relock, source, statement
 from mirepro.audit.levels import Options
 from mirepro.errors import UserError
 
 Findings = set[str]
+Tampers = list[tuple[str, int, Callable[[Path], None]]]
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def digit(match: "re.Match[str]") -> str:
     return "0" if match[0] != "0" else "1"
 
 
-def tampers(name: str) -> list[tuple[str, int, Callable[[Path], None]]]:
+def tampers(name: str) -> Tampers:
     """(what, level that must catch it, how) for the files of a result."""
 
     def metric(root: Path) -> None:
@@ -175,6 +176,44 @@ def tampers(name: str) -> list[tuple[str, int, Callable[[Path], None]]]:
     ]  # fmt: skip
 
 
+def evidence_tampers(name: str) -> Tampers:
+    """The same for the evidence of a training that was re-pinned after a change of its code."""
+
+    def evidence(root: Path) -> tuple[Path, dict[str, Any]]:
+        found = {path: files.read_json(path) for path in sorted((root / relock.FOLDER / name).glob("*.json"))}
+        return next((path, content) for path, content in found.items() if content["digests"])
+
+    def other(root: Path, stage: str) -> str:
+        row = stage.rpartition("-")[0]
+        known = [f"pretrain@{run}" for run in profiles.load(root, name).runs]
+        return min((one for one in known if one != stage), key=lambda one: one.rpartition("-")[0] != row)
+
+    def late(root: Path) -> None:
+        path, content = evidence(root)
+        files.write_json(path, content | {"modules": ["mirepro.harmless"]})
+
+    def moved(root: Path) -> None:
+        _, content = evidence(root)
+        files.write_json(relock.path(root, name, other(root, content["stage"])), content)
+
+    def renamed(root: Path) -> None:
+        _, content = evidence(root)
+        stage = other(root, content["stage"])
+        files.write_json(relock.path(root, name, stage), content | {"stage": stage})
+
+    def digest(root: Path) -> None:
+        path, content = evidence(root)
+        step, link = min(content["digests"].items(), key=lambda item: int(item[0]))
+        content["digests"][step] = re.sub(r"[0-9a-f]$", digit, link)
+        files.write_json(path, content)
+
+    return [
+        ("relock evidence, after the signing", 0, late), ("relock evidence of another stage", 0, moved),
+        ("relock evidence of another stage, renamed throughout", 0, renamed),
+        ("a digest of the first steps in relock evidence", 0, digest),
+    ]  # fmt: skip
+
+
 def forgery(root: Path, name: str) -> None:
     """A checkpoint replaced consistently: dvc.lock fits again, so that only a signature can tell."""
     path = first(root, f"runs/{name}/pretrain/*/encoder.safetensors")
@@ -195,17 +234,10 @@ def run(what: Path, profile: str, work: Path) -> list[Caught]:
     Raises:
         UserError: The result is incomplete.
     """
-    bench = Bench(work, work / "base", profile)
-    bench.base.mkdir(parents=True)
-    source.take(str(what), bench.base)
-    statement.new_keys(bench.keys)
-    (bench.base / release.FILE).unlink(missing_ok=True)
-    _name_image(bench.base)
-    sign(bench, bench.base)
-    _commit(bench.base)
+    bench = prepare(what, profile, work)
     before = {level: bench.findings(bench.options(bench.base, level)) for level in (0, 1)}
     result = []
-    for words, level, tamper in tampers(profile):
+    for words, level, tamper in [*tampers(profile), *evidence_tampers(profile)]:
         folder = bench.copy()
         tamper(folder)
         result.append(Caught(words, _found(bench, folder, level, before[level])))
@@ -213,6 +245,39 @@ def run(what: Path, profile: str, work: Path) -> list[Caught]:
     forgery(folder, profile)
     result.append(Caught("a checkpoint and dvc.lock, consistently", _found(bench, folder, 0, before[0])))
     return result + _reports(bench)
+
+
+def prepare(what: Path, profile: str, work: Path) -> Bench:
+    """The untouched result that copies are made of: a signed, committed copy with something for every tamper.
+
+    Raises:
+        UserError: The result is incomplete.
+    """
+    bench = Bench(work, work / "base", profile)
+    bench.base.mkdir(parents=True)
+    source.take(str(what), bench.base)
+    statement.new_keys(bench.keys)
+    (bench.base / release.FILE).unlink(missing_ok=True)
+    _name_image(bench.base)
+    _repin(bench.base, profile)
+    sign(bench, bench.base)
+    _commit(bench.base)
+    return bench
+
+
+def _repin(folder: Path, name: str) -> None:
+    """Made-up evidence, which fits, that one training was re-pinned, so that its tampers can be tried."""
+    pattern = f"runs/{name}/pretrain/*/chain.txt"
+    chain = max([first(folder, pattern), *folder.glob(pattern)])  # not the first, whose checkpoint `forgery` replaces
+    stage = f"pretrain@{chain.parent.name}"
+    links = {str(link["step"]): link["chain"] for link in diff.read(chain)}
+    entry = relock.stages_of(profiles.load(folder, name))[stage]
+    after = {one["path"]: one["md5"] for one in entry["deps"] if one["path"].startswith("locks/")}
+    outputs = {one["path"].partition("/")[0]: one["md5"] for one in entry["outs"]}
+    steps = max(int(step) for step in links)
+    evidence = relock.Evidence(relock.SCHEMA, stage, {}, after, (), steps, steps, links,
+                               outputs["runs"], outputs["metrics"], {})  # fmt: skip
+    files.write_json(relock.path(folder, name, stage), asdict(evidence))
 
 
 def _name_image(folder: Path) -> None:
