@@ -1,9 +1,10 @@
-"""The command line: one clear line for bad input, in real processes; profiles and stages behind it."""
+"""The command line: one clear line for bad input, in processes of its own; profiles and stages behind it."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 
 from mirepro import params, profiles
 from mirepro.errors import UserError
+from tests import forked
 
 
 def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -21,28 +23,44 @@ def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedP
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("stage", "bogus"), "stage 'bogus': unknown; known: code"),
-        (("stage", "pretrain"), "stage pretrain: needs a key"),
-        (("stage", "toy", "x"), "stage toy: takes no key"),
-        (("stage", "pretrain", "nobody-s0"), "runs.nobody-s0: not in"),
-        (("stage", "code", "--profile", "mars"), "profile 'mars': no file"),
-        (("repro", "--jobs", "0"), "--jobs: 0 is impossible"),
-        (("bogus",), "No such command 'bogus'"),
-        (("stage",), "Missing argument"),
-    ],
-)
-def test_bad_input_is_one_line(root: Path, arguments: tuple[str, ...], message: str) -> None:
-    result = run(*arguments, cwd=root)
+Commands = dict[tuple[str, ...], CompletedProcess[str]]
+BAD = {
+    ("stage", "bogus"): "stage 'bogus': unknown; known: code",
+    ("stage", "pretrain"): "stage pretrain: needs a key",
+    ("stage", "toy", "x"): "stage toy: takes no key",
+    ("stage", "pretrain", "nobody-s0"): "runs.nobody-s0: not in",
+    ("stage", "code", "--profile", "mars"): "profile 'mars': no file",
+    ("repro", "--jobs", "0"): "--jobs: 0 is impossible",
+    ("bogus",): "No such command 'bogus'",
+    ("stage",): "Missing argument",
+}
+
+
+@pytest.fixture(scope="module")
+def commands(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Commands:
+    """`mirepro arguments` for all of `BAD`, for help, and for `env` outside the repository."""
+    places = {**dict.fromkeys([*BAD, ("--help",)], root), ("env",): tmp_path_factory.mktemp("outside")}
+    cases = [(["mirepro", *arguments], {}, place) for arguments, place in places.items()]
+    return dict(
+        zip(places, forked.run("from mirepro.cli import main; main()", cases, "import mirepro.cli"), strict=True)
+    )
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_is_one_line(commands: Commands, arguments: tuple[str, ...]) -> None:
+    result = commands[arguments]
     assert result.returncode == 2
-    assert message in result.stderr
+    assert BAD[arguments] in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_outside_and_in_another_clone(tmp_path: Path) -> None:
-    assert "not inside the repository" in run("env", cwd=tmp_path).stderr
+def test_a_process_of_python_says_the_same(root: Path, commands: Commands) -> None:
+    alone, fork = run("stage", "bogus", cwd=root), commands["stage", "bogus"]
+    assert (alone.returncode, alone.stdout, alone.stderr) == (fork.returncode, fork.stdout, fork.stderr)
+
+
+def test_outside_and_in_another_clone(tmp_path: Path, commands: Commands) -> None:
+    assert "not inside the repository" in commands["env",].stderr
     (tmp_path / "mirepro").mkdir()
     (tmp_path / "mirepro" / "cli.py").touch()
     # -m would import the folder's own package, the installed command does not
@@ -76,8 +94,8 @@ def test_bare_path_is_one_line(root: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_help_and_env(root: Path) -> None:
-    assert "repro" in run("--help", cwd=root).stdout
+def test_help_and_env(root: Path, commands: Commands) -> None:
+    assert "repro" in commands["--help",].stdout
     facts = yaml.safe_load(run("env", "--json", cwd=root).stdout)
     assert facts["torch"] == "2.14.1"
 

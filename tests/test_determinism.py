@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
 from mirepro import determinism
 from mirepro.errors import UserError
+from tests import forked
 
 
 def python(code: str, **changes: str | None) -> "subprocess.CompletedProcess[str]":
@@ -20,39 +21,67 @@ def python(code: str, **changes: str | None) -> "subprocess.CompletedProcess[str
     return subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True, check=False)
 
 
-LATE = "import torch, mirepro; print('imported')"
+NAMES = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE")
+LATE = "import mirepro; print('imported')"
+AFTERWARDS = """
+import os, torch
+torch.ones(9).sum()
+torch.backends.cpu.get_cpu_capability()
+os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
+from mirepro import determinism
+determinism.configure_torch("portable", 1)
+"""
+SETTINGS = """
+import json, torch
+from mirepro import determinism
+determinism.configure_torch(sys.argv[2], 2)
+cudnn = torch.backends.cudnn
+print(json.dumps({
+    "threads": torch.get_num_threads(), "deterministic": torch.are_deterministic_algorithms_enabled(),
+    "cudnn": [cudnn.deterministic, cudnn.benchmark], "tf32": [cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32],
+}))
+"""
+Said = dict[tuple[str, ...], CompletedProcess[str]]
 
 
-def test_import_after_torch_in_the_right_environment_is_silent() -> None:
-    result = python(LATE)
-    assert (result.stdout, result.stderr) == ("imported\n", "")
+@pytest.fixture(scope="module")
+def said() -> Said:
+    """What programs say that meet a torch imported before them, each in its environment."""
+    fast: dict[str, str | None] = {"MIREPRO_TIER": "fast"}
+    programs: dict[tuple[str, ...], tuple[list[str], dict[str, str | None]]] = {("right",): ([LATE], {})}
+    for name in NAMES:
+        programs[name, "None"] = [LATE], {name: None}
+        programs[name, "'default'"] = [LATE], {name: "default"}
+        programs[name, "fast"] = [LATE], {name: None} | fast
+    programs["afterwards",] = [AFTERWARDS], {"ATEN_CPU_CAPABILITY": "default"} | fast
+    for tier in determinism.TIERS:
+        programs["settings", tier] = [SETTINGS, tier], {}
+    cases: list[forked.Case] = [(["", *words], changes, forked.ROOT) for words, changes in programs.values()]
+    return dict(zip(programs, forked.run("exec(sys.argv[1])", cases, "import torch"), strict=True))
 
 
-OTHERS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE")
-SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
+def test_import_after_torch_in_the_right_environment_is_silent(said: Said) -> None:
+    assert (said["right",].stdout, said["right",].stderr) == ("imported\n", "")
 
 
-@pytest.mark.parametrize("name", ["ATEN_CPU_CAPABILITY", *SLOWER])
-def test_import_after_torch_in_a_wrong_environment_is_refused(name: str) -> None:
-    for value in (None, "default"):
-        last = python(LATE, **{name: value}).stderr.strip().splitlines()[-1]
-        assert f"{name}: {value!r}, tier portable wants" in last
+@pytest.mark.parametrize("name", NAMES)
+def test_import_after_torch_in_a_wrong_environment_is_refused(said: Said, name: str) -> None:
+    for value in ("None", "'default'"):
+        last = said[name, value].stderr.strip().splitlines()[-1]
+        assert f"{name}: {value}, tier portable wants" in last
         assert "MIREPRO_TIER=fast" in last
-    assert python(LATE, **{name: None}, MIREPRO_TIER="fast").stdout == "imported\n"
+    assert said[name, "fast"].stdout == "imported\n"
+
+
+def test_a_wrong_environment_before_torch_is_no_matter() -> None:
     before = "import mirepro, torch; print('imported')"
-    assert python(before, **{name: None}).stdout == "imported\n"  # nothing is computed yet
+    assert python(before, **dict.fromkeys(NAMES)).stdout == "imported\n"  # nothing is computed yet
 
 
-def test_variables_set_after_torch_decided_are_noticed() -> None:
+def test_variables_set_after_torch_decided_are_noticed(said: Said) -> None:
     import torch
 
-    code = (
-        "import os, torch; torch.ones(9).sum(); torch.backends.cpu.get_cpu_capability()\n"
-        "os.environ['ATEN_CPU_CAPABILITY'] = 'avx2'\n"
-        "from mirepro import determinism; determinism.configure_torch('portable', 1)"
-    )
-    result = python(code, ATEN_CPU_CAPABILITY="default", MIREPRO_TIER="fast")
-    assert "torch computes with DEFAULT instead of AVX2" in result.stderr
+    assert "torch computes with DEFAULT instead of AVX2" in said["afterwards",].stderr
     assert torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
@@ -89,24 +118,9 @@ def test_bad_tiers_are_named() -> None:
         determinism.environment("portable", 0)
 
 
-SETTINGS = """
-import json, sys, torch
-from mirepro import determinism
-determinism.configure_torch(sys.argv[1], 2)
-cudnn = torch.backends.cudnn
-print(json.dumps({
-    "threads": torch.get_num_threads(), "deterministic": torch.are_deterministic_algorithms_enabled(),
-    "cudnn": [cudnn.deterministic, cudnn.benchmark], "tf32": [cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32],
-}))
-"""
-
-
-def test_settings_of_torch_in_each_tier() -> None:
+def test_settings_of_torch_in_each_tier(said: Said) -> None:
     """Also those that only a GPU heeds; `fast`, the control, leaves torch's own."""
-    found = {}
-    for tier in determinism.TIERS:
-        command = [sys.executable, "-c", SETTINGS, tier]
-        found[tier] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    found = {tier: json.loads(said["settings", tier].stdout) for tier in determinism.TIERS}
     strict = {"threads": 2, "deterministic": True, "cudnn": [True, False], "tf32": [False, False]}
     assert found["exact"] == found["portable"] == strict
     assert found["fast"] == {"threads": 2, "deterministic": False, "cudnn": [False, False], "tf32": [True, False]}
@@ -139,19 +153,29 @@ def test_portable_env_is_the_tiers_environment() -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
+TWICE = """
+import sys
+from contextlib import suppress
+from mirepro.cli import main
+for words in (["--json"], []):
+    sys.argv = ["mirepro", "env", *words]
+    with suppress(SystemExit):
+        main()
+    print("----" if words else "", flush=True)
+"""
+
+
 def test_env_prints_the_key_and_what_is_behind_it() -> None:
     root = Path(determinism.__file__).parent.parent
-    code = "import sys; sys.argv = ['mirepro', 'env', *sys.argv[1:]]; from mirepro.cli import main; main()"
     environment = {**os.environ, "PYTHONPATH": str(root), "MKL_CBWR": "AVX2"}
-    command, options = [sys.executable, "-c", code], {"cwd": root, "env": environment, "text": True, "check": True}
-    run = partial(subprocess.run, capture_output=True, **options)
-    facts = json.loads(run([*command, "--json"]).stdout)
+    command, options = [sys.executable, "-c", TWICE], {"cwd": root, "env": environment, "text": True, "check": True}
+    lines, text = subprocess.run(command, capture_output=True, **options).stdout.split("----\n")
+    facts = json.loads(lines)
     assert facts["key"] == determinism.key("portable", 1)
     assert facts["variables"]["MKL_CBWR"] == {"wanted": "COMPATIBLE", "standing": "AVX2"}
     assert facts["variables"]["ATEN_CPU_CAPABILITY"] == {"wanted": "avx2", "standing": "avx2"}
     assert facts["variables"].keys() == determinism.environment("portable", 1).keys()
     assert facts["operators"]["isa found"] in ("scalar", "avx2", "avx512")
     assert "avx2" in facts["flags"]
-    text = run(command).stdout
     assert "  MKL_CBWR: COMPATIBLE (here AVX2; a stage sets it itself)\n" in text
     assert "  ATEN_CPU_CAPABILITY: avx2\n" in text

@@ -1,10 +1,6 @@
 """The certified first passes: the bits of the canonical scores on banks that invite mistakes."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +11,8 @@ from torch import Tensor
 
 from mirepro import ops, rng
 from tests import ops_cases
+from tests.forked import forked
 
-ROOT = Path(__file__).parents[1]
 PASSES = ["bf16", "int8"]
 
 
@@ -117,13 +113,9 @@ def test_unknown_first_pass_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.neighbors(unit(3, 20, 2), unit(900, 20, 1), 5)
 
 
-@pytest.mark.parametrize("first_pass", PASSES)
-def test_scalar_passes_and_several_threads(first_pass: str) -> None:
+def test_scalar_passes_and_several_threads() -> None:
     """Without AVX-512 a pass may be forced too, and gives the golden bits with any number of threads."""
     code = "import json, torch; from tests import ops_cases; torch.set_num_threads(3); "
     code += "print(json.dumps(ops_cases.digests()))"
-    more = {"MIREPRO_ISA": "scalar", "MIREPRO_FIRST_PASS": first_pass, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | more, capture_output=True, text=True, check=True
-    )
-    assert json.loads(run.stdout) == ops_cases.digests()
+    found = forked(code, *({"MIREPRO_ISA": "scalar", "MIREPRO_FIRST_PASS": first_pass} for first_pass in PASSES))
+    assert [json.loads(text) for text in found] == [ops_cases.digests()] * len(PASSES)

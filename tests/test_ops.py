@@ -1,11 +1,9 @@
 """The compiled operators against the float64 oracle, their invariances, errors, gradients and golden bits."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
@@ -16,8 +14,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from mirepro import _build_info, ops, reference, rng
-from tests import ops_cases
+from mirepro import _build_info, files, ops, reference, rng
+from tests import forked, ops_cases
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden/ops.json"
@@ -294,31 +292,44 @@ def test_opcheck() -> None:
         torch.library.opcheck(operator, arguments)
 
 
-def digests_in_subprocess(isa: str, threads: int) -> dict[str, str]:
-    code = (
-        f"import json, torch; torch.set_num_threads({threads}); "
-        "from tests import ops_cases; print(json.dumps(ops_cases.every()))"
-    )
-    environment = {**os.environ, "MIREPRO_ISA": isa, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    return json.loads(run.stdout)
-
-
+DIGESTS = """
+import json, os, torch
+torch.set_num_threads(int(os.environ["THREADS"]))
+from mirepro import _build_info
+from tests import ops_cases
+print(json.dumps([_build_info.isa(), ops_cases.every()]))
+"""
 LEVELS = ["scalar", "avx2", "avx512"]
+CASES = [("scalar", 1), ("avx2", 2), ("avx512", 2), ("avx512", 3), ("mmx", 1)]
 
 
-@pytest.mark.parametrize(("isa", "threads"), [("scalar", 1), ("avx2", 2), ("avx512", 2), ("avx512", 3)])
-def test_same_bits_for_every_instruction_set_and_thread_count(isa: str, threads: int) -> None:
-    if LEVELS.index(isa) > LEVELS.index(_build_info.best_isa()):
-        pytest.skip(f"this CPU lacks {isa}")
-    assert digests_in_subprocess(isa, threads) == ops_cases.every()
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, CompletedProcess[str]]:
+    """Digests with other instruction sets and numbers of threads, and the import of a package without its extension."""
+    place = tmp_path_factory.mktemp("bare")
+    for name in ("errors.py", "rng.py", "ops.py"):
+        files.write_text(place / "mirepro" / name, (ROOT / "mirepro" / name).read_text())
+    files.write_text(place / "mirepro" / "__init__.py", "")
+    cases: list[forked.Case] = [
+        (["", DIGESTS], {"MIREPRO_ISA": isa, "THREADS": str(threads)}, ROOT) for isa, threads in CASES
+    ]
+    done = forked.run("exec(sys.argv[1])", [*cases, (["", "import mirepro.ops"], {}, place)], "import torch")
+    return dict(zip([*CASES, "bare"], done, strict=True))
 
 
-def test_unknown_instruction_set_is_refused() -> None:
-    with pytest.raises(subprocess.CalledProcessError):
-        digests_in_subprocess("mmx", 1)
+@pytest.mark.parametrize("case", CASES[:-1])
+def test_same_bits_for_every_instruction_set_and_thread_count(
+    elsewhere: dict[Any, CompletedProcess[str]], case: tuple[str, int]
+) -> None:
+    if LEVELS.index(case[0]) > LEVELS.index(_build_info.best_isa()):
+        pytest.skip(f"this CPU lacks {case[0]}")
+    assert json.loads(elsewhere[case].stdout) == [case[0], ops_cases.every()]
+
+
+def test_unknown_instruction_set_is_refused(elsewhere: dict[Any, CompletedProcess[str]]) -> None:
+    refused = elsewhere["mmx", 1]
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("MIREPRO_ISA=mmx: unknown")
 
 
 def golden_faults(digests: dict[str, str], versions: dict[str, int], golden: dict[str, dict[str, object]]) -> list[str]:
@@ -344,13 +355,6 @@ def test_build_information() -> None:
     assert isinstance(_build_info.cuda_arch_list(), str)
 
 
-def test_missing_extension_names_the_build_command(tmp_path: Path) -> None:
-    package = tmp_path / "mirepro"
-    package.mkdir()
-    for name in ("__init__.py", "errors.py", "rng.py", "ops.py"):
-        (package / name).write_text((ROOT / "mirepro" / name).read_text())
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-c", "import mirepro.ops"]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode != 0
-    assert ops.BUILD_COMMAND in run.stderr
+def test_missing_extension_names_the_build_command(elsewhere: dict[Any, CompletedProcess[str]]) -> None:
+    assert elsewhere["bare"].returncode != 0
+    assert ops.BUILD_COMMAND in elsewhere["bare"].stderr

@@ -196,7 +196,7 @@ def test_images_of_different_sizes_are_refused(miniature: profiles.Profile, tmp_
                                      ["dvc", "repro", "profiles/imagenet/dvc.yaml", "--dry", "--allow-missing"],
                                      ["mirepro", "data", "check", "--profile", "imagenet"]])  # fmt: skip
 def test_missing_data_are_refused_before_anything_runs(root: Path, tmp_path: Path, command: list[str]) -> None:
-    shutil.copytree(root / "mirepro", tmp_path / "mirepro", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copytree(root / "mirepro", tmp_path / "mirepro", ignore=shutil.ignore_patterns("*.so"))
     for name in (".dvc/config", ".dvcignore", "dvc.yaml", "params.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(root / name, tmp_path / name)

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 
 from mirepro import determinism, files
 from mirepro.bank import MemoryBank
+from tests import forked
 from tests.portability import GOLDEN, ROOT, THREADS, Digests, Miniature, child, different
 
 CPUS = ("Haswell", "EPYC-Rome")
@@ -88,20 +87,18 @@ with tempfile.TemporaryDirectory() as name:
 """
 
 
-def exact(threads: int) -> Digests:
-    """Digests of one objective in tier `exact`."""
+def exact(threads: int, count: int = 1) -> list[Digests]:
+    """Digests of one objective in tier `exact`, computed by `count` processes."""
     pinned = determinism.environment("portable", threads)
     kept = {name: value for name, value in os.environ.items() if name not in pinned}
-    env = kept | determinism.environment("exact", threads) | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", EXACT, str(threads)], env=env, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    cases: list[forked.Case] = [(["", str(threads)], {}, ROOT)] * count
+    done = forked.run(EXACT, cases, "import mirepro, torch", kept | determinism.environment("exact", threads))
+    assert all(item.returncode == 0 for item in done), done
+    return [json.loads(item.stdout) for item in done]
 
 
 def test_exact_results_are_equal_for_an_equal_key_and_another_number_of_threads_differs() -> None:
-    one, again, two = exact(1), exact(1), exact(2)
+    (one, again), (two,) = exact(1, 2), exact(2)
     assert different(one, again) == []
     assert "ir/encoder.safetensors" in different(one, two)
     assert one["data"] == two["data"]
@@ -111,10 +108,11 @@ def test_exact_results_are_equal_for_an_equal_key_and_another_number_of_threads_
 def test_another_seed_and_one_perturbed_bank_row_change_digests(
     golden: dict[str, Digests], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    Miniature(tmp_path).data()
+
     def run(name: str, seed: int) -> Digests:
-        mini = Miniature(tmp_path / name, seed)
-        mini.data()
-        return {"ir": mini.run("ir")}
+        shutil.copytree(tmp_path / "data", tmp_path / name / "data")
+        return {"ir": Miniature(tmp_path / name, seed).run("ir")}
 
     wanted = {"ir": golden["1"]["ir"]}
     assert different(run("same", 0), wanted) == []

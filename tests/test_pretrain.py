@@ -61,6 +61,12 @@ def train(params: RunParams, data: Path, work: Path, fingerprint: str = "f") -> 
     return out
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """Outputs of `run()`, never interrupted."""
+    return train(run(), data, tmp_path_factory.mktemp("whole"))
+
+
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -82,8 +88,8 @@ def test_every_objective_trains_and_its_artefacts_load(name, data, tmp_path):
     assert (metrics["cells"]["estimate"]["value"] is not None) == claims
 
 
-def test_equal_runs_have_equal_bytes_and_another_seed_differs(data, tmp_path):
-    first, again = (train(run(), data, tmp_path / name) for name in ("a", "b"))
+def test_equal_runs_have_equal_bytes_and_another_seed_differs(whole, data, tmp_path):
+    first, again = whole, train(run(), data, tmp_path / "b")
     assert bytes_of(first) == bytes_of(again)
     assert diff.diff(first, again) is None
     other = train(run(seed=1), data, tmp_path / "c")
@@ -171,8 +177,7 @@ def interrupted(params: RunParams, data: Path, work: Path, epoch: int, monkeypat
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.6, 0.0])
-def test_a_run_goes_on_from_the_checkpoint_before_a_truncated_one(keep, data, tmp_path, monkeypatch, capsys):
-    whole = train(run(), data, tmp_path / "whole")
+def test_a_run_goes_on_from_the_checkpoint_before_a_truncated_one(keep, whole, data, tmp_path, monkeypatch, capsys):
     interrupted(run(), data, tmp_path / "cut", 2, monkeypatch)
     current = tmp_path / "cut" / checkpoint.NAME
     content = current.read_bytes()
@@ -246,8 +251,9 @@ def test_impossible_settings_are_refused_by_name(data, tmp_path, change, key):
         train(run(**change), data, tmp_path)
 
 
-def test_shards_are_part_of_the_protocol_and_gradients_add_up_in_a_tree(data, tmp_path):
-    one, two = (train(run(shards=n), data, tmp_path / str(n)) for n in (1, 2))
+def test_shards_are_part_of_the_protocol_and_gradients_add_up_in_a_tree(whole, data, tmp_path):
+    assert run() == run(shards=1)
+    one, two = whole, train(run(shards=2), data, tmp_path)
     assert bytes_of(one)["encoder.safetensors"] != bytes_of(two)["encoder.safetensors"]  # BatchNorm sees a shard alone
     parts = [[torch.tensor([1e8])], [torch.tensor([1.0])], [torch.tensor([-1e8])], [torch.tensor([1.0])]]
     assert float(ranks.tree_sum(parts)[0]) == float((parts[0][0] + parts[1][0]) + (parts[2][0] + parts[3][0]))
@@ -277,9 +283,8 @@ def test_schedules():
     assert rate(OptimParams(lr=1.0, warmup=0.1), 0.05) == pytest.approx(0.5)
 
 
-def test_mixed_precision_is_a_parameter(data, tmp_path):
-    full = train(run(), data, tmp_path / "full")
-    half = train(run(precision="bfloat16"), data, tmp_path / "half")
+def test_mixed_precision_is_a_parameter(whole, data, tmp_path):
+    full, half = whole, train(run(precision="bfloat16"), data, tmp_path / "half")
     assert bytes_of(full)["encoder.safetensors"] != bytes_of(half)["encoder.safetensors"]
 
 
