@@ -32,10 +32,10 @@ VARIABLES = (
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m")
 
 
-def start(size: int, *arguments: object, **variables: str) -> list[subprocess.Popen[str]]:
-    """`size` ranks of `tests.ranks`; one of them is a plain process."""
+def start(size: int, *arguments: object, program: str = "tests.ranks", **variables: str) -> list[subprocess.Popen[str]]:
+    """`size` ranks of a program; one of them is a plain process."""
     port = free_port()
-    command = [sys.executable, "-m", "tests.ranks", *map(str, arguments)]
+    command = [sys.executable, "-m", program, *map(str, arguments)]
     processes = []
     for rank in range(size):
         names = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if size > 1 else {}
