@@ -1,4 +1,4 @@
-"""Batched views against torchvision's transforms: `python -m benchmarks.views [--side 32 --size 32 --batch 128]`.
+"""Batched views against torchvision's transforms: `python -m benchmarks.views [--batch 128]`.
 
 Images per second of one thread: crop with antialiased resize, gray, jitter with hue, flip, normalisation. Before that
 the views are compared with PIL's, step by step with the same draws.
