@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mirepro import files, rng
+from mirepro import rng
 from mirepro.data import masks, shards, sources
 from mirepro.data.shards import Sample
 from mirepro.errors import UserError
@@ -57,7 +57,7 @@ class _Part:
         self.images_folder = base / name
         self.path = base / "annotations" / f"instances_{name}.json"
         self.people_path = base / "annotations" / f"person_keypoints_{name}.json"
-        instances, people = _read(self.path), _read(self.people_path)
+        instances, people = (sources.read_annotations(path, "a COCO", _KEYS) for path in (self.path, self.people_path))
         self.categories = sorted((c["id"], c["name"]) for c in instances["categories"])
         self.numbers = {number: i for i, (number, _) in enumerate(self.categories)}
         self.points: list[str] = next((c["keypoints"] for c in people["categories"] if c.get("keypoints")), [])
@@ -150,21 +150,3 @@ _KEYS = {
     "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"),
     "categories": ("id", "name"),
 }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """An annotation file with the keys that COCO defines.
-
-    Raises:
-        UserError: Missing, bad JSON, or keys are missing.
-    """
-    content = files.read_json(path)
-    for part, keys in _KEYS.items():
-        entries = content.get(part) if isinstance(content, dict) else None
-        if not isinstance(entries, list):
-            raise UserError(f"{path}: no list {part!r}; not a COCO annotation file")
-        for entry in entries:
-            missing = [k for k in keys if not isinstance(entry, dict) or k not in entry]
-            if missing:
-                raise UserError(f"{path}: {part}: entry without {missing[0]!r}: {str(entry)[:60]}")
-    return content

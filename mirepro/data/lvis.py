@@ -158,18 +158,10 @@ def _read(path: Path) -> dict[str, Any]:
     """An annotation file with the keys that LVIS defines.
 
     Raises:
-        UserError: Missing, bad JSON, or keys are missing.
+        UserError: Missing, bad JSON, keys are missing, or a frequency is unknown.
     """
-    content = files.read_json(path)
-    for part, keys in _KEYS.items():
-        entries = content.get(part) if isinstance(content, dict) else None
-        if not isinstance(entries, list):
-            raise UserError(f"{path}: no list {part!r}; not an LVIS annotation file")
-        for entry in entries:
-            missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-            if missing:
-                raise UserError(f"{path}: {part}: entry without {missing[0]!r}: {str(entry)[:60]}")
+    content = sources.read_annotations(path, "an LVIS", _KEYS)
     for one in content["categories"]:
         if one["frequency"] not in FREQUENCIES:
             raise UserError(f"{path}: category {one['id']}: frequency {one['frequency']!r} is not r, c or f")
-    return dict(content)
+    return content
