@@ -7,6 +7,7 @@ which spares the uninterrupted run; `--folder PLACE` to go on later with the sam
 """
 
 import argparse
+import glob
 import hashlib
 import os
 import random
@@ -167,11 +168,10 @@ def _signal(send: Callable[[int, int], None], number: int) -> None:
 def stamps(root: Path, patterns: Sequence[str]) -> set[tuple[str, int]]:
     """Files of the patterns with the time they were written."""
     found = set()
-    for path in (path for pattern in patterns for path in root.glob(pattern)):
-        try:
-            found.add((str(path), path.stat().st_mtime_ns))
-        except OSError:
-            continue
+    # Not Path.glob, which fails where a folder goes away while it looks.
+    for path in (path for pattern in patterns for path in glob.glob(str(root / pattern))):
+        with suppress(OSError):
+            found.add((path, os.stat(path).st_mtime_ns))
     return found
 
 
