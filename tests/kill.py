@@ -146,8 +146,8 @@ class Subject:
                 ticks += sum(map(int, fields[11:15]))
         return ticks / os.sysconf("SC_CLK_TCK")
 
-    def kill(self, victim: str, head: int, draw: random.Random) -> None:
-        """SIGKILL to the head alone, to a process group that it started, or to everything."""
+    def kill(self, victim: str, head: int, draw: random.Random) -> str:
+        """SIGKILL to the head alone, to a process group that it started, or to everything; returns who got it."""
         processes = self.processes()
         groups = sorted(set(processes.values()) - {os.getpgid(head)})
         if victim == "all":
@@ -157,7 +157,9 @@ class Subject:
         elif victim == "stage" and groups:
             _signal(os.killpg, draw.choice(groups))
         else:
+            victim = "head"
             _signal(os.kill, head)
+        return victim
 
 
 def _signal(send: Callable[[int, int], None], number: int) -> None:
@@ -239,8 +241,7 @@ def attempts(subject: Subject, kills: int, longest: float, seed: int, done: int 
             moment, victim = draw.choice([*MOMENTS]), draw.choice(VICTIMS)
             came = wait(subject, head, moment, longest, draw)
             if head.poll() is None:
-                subject.kill(victim, head.pid, draw)
-                killed = f"{moment if came else 'any'}/{victim}"
+                killed = f"{moment if came else 'any'}/{subject.kill(victim, head.pid, draw)}"
         hit = hit or bool(killed)
         code = _ended(head, SURVIVES if killed else HANGS)
         head = head if code is None else None
@@ -305,12 +306,16 @@ def desk(root: Path, folder: Path, target: str | None, given: bool) -> tuple[Sub
         folder: Where to.
         target: A stage and what it needs; None for everything.
         given: Whether the uninterrupted run starts from the checkout's results, and else from nothing.
+
+    Raises:
+        Broken: The folder was begun with another commit or target.
     """
     clone, expected = folder / "repo", folder / "expected.json"
     path = f"{folder / 'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PYTHONPATH": str(clone), "PATH": path}
     repro = [sys.executable, "-m", "mirepro", "repro", "--jobs", "2", *([target] if target else [])]
     subject = Subject(clone, environment, repro)
+    begun = {"commit": _commit(root), "target": target}
     if not expected.exists():
         _clone(root, folder)
         if given:
@@ -318,9 +323,18 @@ def desk(root: Path, folder: Path, target: str | None, given: bool) -> tuple[Sub
                 shutil.copytree(root / name, clone / name, dirs_exist_ok=True)
         else:
             subject.forget()
-        files.write_json(expected, [reference(subject), subject.expected])
-    seconds, subject.expected = files.read_json(expected)
-    return subject, seconds
+        files.write_json(expected, begun | {"seconds": reference(subject), "results": subject.expected})
+    document = files.read_json(expected)
+    if differing := [f"{key} {document[key]}" for key in begun if document[key] != begun[key]]:
+        raise Broken(f"{folder} was begun with {', '.join(differing)}; use another --folder")
+    subject.expected = document["results"]
+    return subject, document["seconds"]
+
+
+def _commit(root: Path) -> str:
+    return subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def _clone(root: Path, folder: Path) -> None:
@@ -352,11 +366,14 @@ def main() -> None:
     root = Path(__file__).resolve().parent.parent
     with tempfile.TemporaryDirectory() as folder:
         place = (arguments.folder or Path(folder)).resolve()
-        subject, seconds = (
-            desk(root, place, arguments.target, arguments.given)
-            if arguments.desk
-            else miniature(root, place, arguments.plain, arguments.broken)
-        )
+        try:
+            subject, seconds = (
+                desk(root, place, arguments.target, arguments.given)
+                if arguments.desk
+                else miniature(root, place, arguments.plain, arguments.broken)
+            )
+        except Broken as error:
+            sys.exit(str(error))
         print(f"an uninterrupted run takes {seconds:.0f} s and has {len(subject.expected)} results", flush=True)
         longest = arguments.longest if arguments.desk else min(seconds, arguments.longest)
         kill_and_count(subject, arguments.kills, longest, arguments.seed, place / "kills.txt")
