@@ -22,18 +22,20 @@ assert "torch" not in sys.modules, "torch was imported before the portable tier'
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs slow tests late, so that a mistake shows early, and those of daemons last.
+    """Runs slow tests late, so that a mistake shows early, and of these the longest group first.
 
     With pytest-xdist a group stays on one worker: a file's fast or slow tests, which share their fixtures, and all
-    tests of daemons, which would disturb one another. Slow ones have time enough on a busy machine, too.
+    tests of daemons, which would disturb one another; a test may name a group of its own. Slow ones have time enough
+    on a busy machine, too.
     """
-    ranks = [
-        (item.get_closest_marker("infra") is not None, item.get_closest_marker("slow") is not None) for item in items
-    ]
-    for item, (infra, slow) in zip(items, ranks, strict=True):
-        group = "infra" if infra else f"{item.path.stem} {'slow' if slow else 'fast'}"
-        item.add_marker(pytest.mark.xdist_group(group))
-        if slow and not item.get_closest_marker("timeout"):
+    marks = [{mark.name for mark in item.iter_markers()} for item in items]
+    ranks = [("infra" in names or "slow" in names, "infra" not in names) for names in marks]
+    for item, names in zip(items, marks, strict=True):
+        if "infra" in names:
+            item.add_marker(pytest.mark.xdist_group("infra"))
+        elif "xdist_group" not in names:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {'slow' if 'slow' in names else 'fast'}"))
+        if "slow" in names and "timeout" not in names:
             item.add_marker(pytest.mark.timeout(SLOW))
     order = sorted(range(len(items)), key=ranks.__getitem__)
     items[:] = [items[place] for place in order]

@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests/golden/portable.json"
 THREADS = (1, 2)
 VIEWS = {"size": 32, "crop": (0.6, 1.0)}
-SPLITS = {"train": 32, "val": 16, "test": 16}
-SCENES = {"train": 8, "val": 4, "test": 4}
+SPLITS = {"train": 16, "val": 8, "test": 8}
+SCENES = {"train": 4, "val": 2, "test": 2}
 OPTIONS: dict[str, dict[str, Any]] = {
     "random": {},
     "supervised": {"classes": 96},
@@ -38,8 +38,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cave": {"outer": 0.3, "n_clusters": 8},
     "cave_numerator": {"outer": 0.3, "n_clusters": 8},
     "la": {"outer": 0.3, "n_clusters": 8, "warmup_fraction": 0.0},
-    "moco": {"queue": 24},
-    "moco_ring": {"queue": 40, "outer": 0.5, "inner": 0.2},
+    "moco": {"queue": 12},
+    "moco_ring": {"queue": 20, "outer": 0.5, "inner": 0.2},
 }
 
 Digests = dict[str, dict[str, str]]
@@ -110,7 +110,7 @@ class Miniature:
         from mirepro.params import EncoderParams, OptimParams, PretrainParams, ViewParams
 
         return PretrainParams(
-            epochs=0 if row == "random" else 1, batch=16, monitor=1, digest=1, views=ViewParams(**VIEWS),
+            epochs=0 if row == "random" else 1, batch=8, monitor=1, digest=1, views=ViewParams(**VIEWS),
             encoder=EncoderParams(width=11 if row.startswith("cmc") else 16, stem="tiny", dim=64, norm=True),
             optim=OptimParams(lr=0.015, schedule="cosine"),
         )  # fmt: skip
@@ -122,7 +122,7 @@ class Miniature:
         from mirepro.transfer import detection
 
         out, encoder = self._fresh(f"detect/{model}"), self.root / "runs/mini/pretrain/random"
-        params, scenes = DetectParams(epochs=1, batch=4, lrs=(0.004,)), self.root / "data/scenes"
+        params, scenes = DetectParams(epochs=1, batch=2, lrs=(0.004,)), self.root / "data/scenes"
         work = self._fresh(f"work/{model}")
         detection.SHOWN_SCORE = 0.0  # after two steps nothing is sure
         document = detection.detect("random", "random", self.seed, model, params, encoder, scenes, work, out, "f")

@@ -55,7 +55,7 @@ def test_digests_with_avx2_forced_are_golden(golden: dict[str, Digests], threads
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("threads", THREADS)
-@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("cpu", [pytest.param(cpu, marks=pytest.mark.xdist_group(cpu)) for cpu in CPUS])
 def test_digests_on_an_emulated_cpu_are_golden(
     emulator: str, golden: dict[str, Digests], cpu: str, threads: int
 ) -> None:
