@@ -122,7 +122,7 @@ class Miniature:
         from mirepro.transfer import detection
 
         out, encoder = self._fresh(f"detect/{model}"), self.root / "runs/mini/pretrain/random"
-        params, scenes = DetectParams(epochs=1, batch=2, lrs=(0.004,)), self.root / "data/scenes"
+        params, scenes = DetectParams(epochs=1, keypoint_epochs=1, batch=2, lrs=(0.004,)), self.root / "data/scenes"
         work = self._fresh(f"work/{model}")
         detection.SHOWN_SCORE = 0.0  # after two steps nothing is sure
         document = detection.detect("random", "random", self.seed, model, params, encoder, scenes, work, out, "f")
