@@ -231,13 +231,14 @@ def attempts(subject: Subject, kills: int, longest: float, seed: int, done: int 
     Raises:
         Broken: A run that nobody killed failed, left a process behind, or ended in other results.
     """
-    head, hit = None, False
+    head, hit, missed = None, False, 0
     while True:
         if head is None:
             head, hit = subject.start(), False
         killed = ""
         if done < kills:
-            draw = random.Random(f"{seed} {done}")
+            # A run that was over before its moment would be over again: the next one draws anew.
+            draw = random.Random(f"{seed} {done}" + f" {missed}" * bool(missed))
             moment, victim = draw.choice([*MOMENTS]), draw.choice(VICTIMS)
             came = wait(subject, head, moment, longest, draw)
             if head.poll() is None:
@@ -246,7 +247,7 @@ def attempts(subject: Subject, kills: int, longest: float, seed: int, done: int 
         code = _ended(head, SURVIVES if killed else HANGS)
         head = head if code is None else None
         if killed:
-            done += 1
+            done, missed = done + 1, 0
             yield killed
         if code is None and not killed:
             raise Broken(f"a run hangs:\n{subject.log.read_text(errors='replace')}")
@@ -257,6 +258,7 @@ def attempts(subject: Subject, kills: int, longest: float, seed: int, done: int 
             if done == kills:
                 return
             subject.forget()
+            missed += 1
         elif subject.mend and code is not None:
             subject.start(subject.mend).wait(timeout=600)
 
@@ -288,11 +290,15 @@ def miniature(root: Path, folder: Path, plain: bool = False, broken: str | None 
 
 
 def reference(subject: Subject) -> float:
-    """Gives the subject the results of an uninterrupted run, which are then removed; returns its seconds."""
-    started = time.monotonic()
-    if subject.start().wait(timeout=4 * 3600):
+    """Gives the subject the results of an uninterrupted run, which are then removed; returns its processor seconds."""
+    clock, end = Clock(subject), time.monotonic() + 4 * 3600
+    head = subject.start()
+    while head.poll() is None and time.monotonic() < end:
+        clock.seconds()
+        time.sleep(0.1)
+    if head.poll() != 0:
         raise Broken(f"the uninterrupted run failed:\n{subject.log.read_text(errors='replace')}")
-    seconds = time.monotonic() - started
+    seconds = clock.seconds()
     subject.expected = subject.results()
     subject.forget()
     return seconds

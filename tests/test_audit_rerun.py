@@ -1,11 +1,13 @@
 """Levels 2 and 3 on a small result that was really computed: evaluations and trainings are run again, sandboxed."""
 
+import glob
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -201,11 +203,12 @@ def test_killed_and_continued(project: Project, root: Path, tmp_path: Path) -> N
     """After a kill the finished stages are not run again."""
     command = [sys.executable, "-m", "mirepro", "audit", str(project.root), "-o", "out", "--level", "2"]
     command += ["--select", "evaluate@ir-*"]
-    env = os.environ | {"PYTHONPATH": str(root)}
+    env, finished = os.environ | {"PYTHONPATH": str(root)}, str(tmp_path / "out/work/again-*/done/*.json")
     for _ in range(5):
         process = subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
-        until(lambda: list(tmp_path.glob("out/work/again-*/done/*.json")), 300, "a finished stage")
-        os.killpg(process.pid, signal.SIGKILL)
+        until(lambda p=process: p.poll() is not None or glob.glob(finished), 300, "a finished stage")  # not Path.glob
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         if process.wait() == -signal.SIGKILL and not (tmp_path / "out/report.json").exists():
             break
         shutil.rmtree(tmp_path / "out")  # it was over before the kill

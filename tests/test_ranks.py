@@ -29,7 +29,7 @@ VARIABLES = (
     "SUBMITIT_EXECUTOR",
     "SLURM_STEP_NUM_TASKS",
 )
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "-m")
 
 
 def start(size: int, *arguments: object, program: str = "tests.ranks", **variables: str) -> list[subprocess.Popen[str]]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -303,7 +304,8 @@ def _kill_job(cluster: Cluster, bench: Bench) -> None:
         except OSError:
             continue
         if (step or (task and mine)) and int(path.name) != os.getpid():
-            os.kill(int(path.name), signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended since it was looked at
+                os.kill(int(path.name), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("own", [{"age": 2}], indirect=True)

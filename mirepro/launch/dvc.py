@@ -5,8 +5,10 @@ DVC truncates dvc.lock and then takes up to a second to fill it, once for every 
 YAML text once, and writes anew only the entries of dvc.lock that changed; the bytes are those of plain DVC.
 """
 
+import fnmatch
 import io
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -108,8 +110,10 @@ def mend(root: Path, pipeline: str) -> None:
     claims = root / ".dvc" / "tmp" / "rwlock"
     if claims.is_file() and not _claimed(claims):
         claims.unlink()  # says which process reads or writes which path; a dead one's number may be another's by now
-    for leftover in (path for folder in RESULTS for path in (root / folder).rglob(LEFTOVER)):
-        leftover.unlink(missing_ok=True)
+    # Not Path.rglob, which fails where a stage that outlived its DVC renames a folder meanwhile.
+    for folder, _, names in (item for name in RESULTS for item in os.walk(root / name)):
+        for name in fnmatch.filter(names, LEFTOVER):
+            Path(folder, name).unlink(missing_ok=True)
     lock = root / Path(pipeline).with_name("dvc.lock")
     if not lock.is_file():
         return

@@ -129,7 +129,8 @@ def pickled(folder: Path, job: str) -> None:
     """Gives the job its pickle, where the submitting process was killed before it could."""
     for path in folder.glob("*.pkl"):
         if len(path.stem) == 32:  # submitit's name before it knows the id
-            os.replace(path, folder / f"{job.partition('.')[0]}_submitted.pkl")
+            with suppress(FileNotFoundError):  # the submitting process, which outlives its head, was faster
+                os.replace(path, folder / f"{job.partition('.')[0]}_submitted.pkl")
 
 
 def main() -> None:

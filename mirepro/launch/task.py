@@ -20,7 +20,8 @@ BARREN = 3
 
 def stamp(work: Path) -> str:
     """Changes with every new checkpoint in a work folder."""
-    found = (path for path in (work / "state").rglob("*") if path.is_file())
+    # Not Path.rglob, which fails where a folder goes away while it looks.
+    found = (Path(folder, name) for folder, _, names in os.walk(work / "state") for name in names)
     seen = [(str(path), stat.st_mtime_ns, stat.st_size) for path in sorted(found) if (stat := _stat(path))]
     return hashlib.sha256(repr(seen).encode()).hexdigest()
 
