@@ -21,6 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 assert "torch" not in sys.modules, "torch was imported before the portable tier's variables were set"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Runs slow tests late, so that a mistake shows early, and of these the longest group first.
 

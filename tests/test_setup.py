@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,24 @@ def test_what_is_missing_is_one_line(bare: Path, message: str, target: str) -> N
 def test_help_lists_the_targets(bare: Path) -> None:
     listed = [line.split()[1] for line in setup(bare, "help").stdout.splitlines()]
     assert {"setup", "repro", "status", "test", "test-slow", "lint", "bench"} <= set(listed)
+
+
+GROUPED = """
+import os, pathlib, pytest, time
+{mark}
+@pytest.mark.parametrize("number", range(12))
+def test_where(number):
+    time.sleep(0.1)
+    pathlib.Path(os.environ["PYTEST_XDIST_WORKER"]).touch()
+"""
+
+
+@pytest.mark.parametrize(("mark", "workers"), [('@pytest.mark.xdist_group("one")', 1), ("", 2)])
+def test_a_group_of_tests_stays_on_one_worker(root: Path, tmp_path: Path, mark: str, workers: int) -> None:
+    """The installed pytest and pytest-xdist fit together; the control has no group."""
+    (tmp_path / "test_where.py").write_text(GROUPED.format(mark=mark))
+    options = next(line for line in (root / "Makefile").read_text().splitlines() if line.startswith("PARALLEL"))
+    command = [sys.executable, "-m", "pytest", "-q", *options.partition("=")[2].replace("$(JOBS)", "2").split()]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    subprocess.run(command, cwd=tmp_path, env=plain, check=True, capture_output=True)
+    assert len(list(tmp_path.glob("gw*"))) == workers
