@@ -60,6 +60,7 @@ def image(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         for name in ("CONTAINERS_STORAGE_CONF", "CONTAINERS_CONF"):
             monkeypatch.setenv(name, environment[name])
         yield Image(f"localhost/python@{digest}", tuple(f"{path}:{path}:ro" for path in shared))
+    until(lambda: not cluster.run("squeue", "--noheader"), 120, "an empty queue")  # its jobs' containers use the store
     build.drop(folder / "store")
 
 
