@@ -380,7 +380,7 @@ def main() -> None:
             )
         except Broken as error:
             sys.exit(str(error))
-        print(f"an uninterrupted run takes {seconds:.0f} processor seconds and has {len(subject.expected)} results", flush=True)
+        print(f"uninterrupted: {seconds:.0f} processor seconds, {len(subject.expected)} results", flush=True)
         longest = arguments.longest if arguments.desk else min(seconds, arguments.longest)
         kill_and_count(subject, arguments.kills, longest, arguments.seed, place / "kills.txt")
 
