@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,9 @@ def stage(name: str, key: Key = None, profile: ProfileName = "desk") -> None:
 
 @app.command()
 def repro(
-    target: Annotated[str | None, typer.Argument(help="a stage such as pretrain@ir-s0, or a group of stages")] = None,
+    target: Annotated[
+        list[str] | None, typer.Argument(help="stages such as pretrain@ir-s0, or groups of stages")
+    ] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="stages at a time")] = os.cpu_count() or 1,
     profile: ProfileName = "desk",
     keep_going: Annotated[
@@ -60,24 +63,23 @@ def repro(
     if launch is not None:
         os.environ[site.VARIABLE] = launch
     try:
-        count = waves.repro(chosen, targets(chosen, target), jobs, keep_going)
+        count = waves.repro(chosen, targets(chosen, target or []), jobs, keep_going)
     except waves.StageFailed as failure:
         print(f"mirepro: {failure}", file=sys.stderr)
         raise typer.Exit(1) from failure
     page = chosen.root / "view" / chosen.name / "index.html"
     tracked = chosen.root / "reports" / chosen.name / "index.html"
-    if target is None and tracked.is_file() and (count or not page.is_file()):
+    if not target and tracked.is_file() and (count or not page.is_file()):
         stages.report(chosen, environment.view(chosen))
     print(f"{count} stages ran; everything asked for is up to date" if count else "nothing was stale")
-    if target is None:
+    if not target:
         print(f"report: {tracked}\nwith this machine's facts: {page}")
 
 
-def targets(profile: profiles.Profile, target: str | None) -> list[str]:
-    """DVC's address of a stage of the profile."""
-    if target is None:
-        return []
-    return [target if profile.pipeline == "dvc.yaml" or ":" in target else f"{profile.pipeline}:{target}"]
+def targets(profile: profiles.Profile, names: Sequence[str]) -> list[str]:
+    """DVC's addresses of stages of the profile."""
+    prefix = "" if profile.pipeline == "dvc.yaml" else f"{profile.pipeline}:"
+    return [name if ":" in name else prefix + name for name in names]
 
 
 @app.command()

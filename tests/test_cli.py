@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mirepro import params, profiles
+from mirepro import cli, params, profiles
 from mirepro.errors import UserError
 from tests import forked
 
@@ -31,6 +31,7 @@ BAD = {
     ("stage", "pretrain", "nobody-s0"): "runs.nobody-s0: not in",
     ("stage", "code", "--profile", "mars"): "profile 'mars': no file",
     ("repro", "--jobs", "0"): "--jobs: 0 is impossible",
+    ("repro", "toy", "nosuch"): "Stage 'nosuch' not found inside 'dvc.yaml'",
     ("bogus",): "No such command 'bogus'",
     ("stage",): "Missing argument",
 }
@@ -151,3 +152,9 @@ def test_desk_has_the_promised_runs(root: Path) -> None:
     assert len(profile.values["tables"]["T7"]["rows"]) == 6
     named = {run for n in ("T1", "T6", "T7") for runs in profile.values["tables"][n]["rows"].values() for run in runs}
     assert named == set(profile.runs)
+
+
+def test_targets_are_stages_of_the_chosen_profile(root: Path) -> None:
+    desk, cifar10 = (profiles.load(root, name) for name in ("desk", "cifar10"))
+    assert cli.targets(desk, ["toy", "controls"]) == ["toy", "controls"]
+    assert cli.targets(cifar10, ["toy", "dvc.yaml:toy"]) == ["profiles/cifar10/dvc.yaml:toy", "dvc.yaml:toy"]

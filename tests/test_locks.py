@@ -81,7 +81,7 @@ def test_all_locks_are_current(clone):
 def test_a_sample_of_the_locks_comes_out_again_from_nothing(clone):
     for target in SAMPLE:
         (clone / f"metrics/desk/{target.replace('@', '/')}.json").unlink()
-        execute(clone, "mirepro", "repro", target, "--jobs", "2")
+    execute(clone, "mirepro", "repro", *SAMPLE, "--jobs", "2")
     assert execute(clone, "git", "status", "--porcelain", *TRACKED) == ""
     bank = clone / "runs/desk/pretrain/ir-s0/bank.safetensors"
     assert bank.stat().st_size > 3072 * 64 * 4  # it was trained here, not fetched
