@@ -12,7 +12,6 @@ import yaml
 
 from mirepro import cli, params, profiles
 from mirepro.errors import UserError
-from mirepro.launch.plan import Pipeline
 from tests import forked
 
 
@@ -158,9 +157,3 @@ def test_targets_are_stages_of_the_chosen_profile(root: Path) -> None:
     desk, cifar10 = (profiles.load(root, name) for name in ("desk", "cifar10"))
     assert cli.targets(desk, ["toy", "controls"]) == ["toy", "controls"]
     assert cli.targets(cifar10, ["toy", "dvc.yaml:toy"]) == ["profiles/cifar10/dvc.yaml:toy", "dvc.yaml:toy"]
-
-
-def test_several_targets_and_a_misspelled_one(root: Path) -> None:
-    assert set(Pipeline(root, ["toy", "controls"]).needs) == {"code", "data@desk", "toy", "controls"}
-    with pytest.raises(UserError, match="Stage 'nosuch' not found inside 'dvc.yaml'"):
-        Pipeline(root, ["toy", "nosuch"])

@@ -71,6 +71,21 @@ EDITS: dict[str, tuple[str, str, str, set[str]]] = {
 }
 
 
+def test_several_targets_run_and_a_misspelled_one_among_them_lets_none_start(made: Miniature) -> None:
+    absent = [made.root / "metrics" / "desk" / f"{name}.json" for name in ("toy", "controls")]
+    for path in absent:
+        path.unlink()
+    refused = made.run("repro", "toy", "nosuch")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("mirepro: Stage 'nosuch' not found inside 'dvc.yaml' file")
+    assert len(refused.stderr.splitlines()) == 1
+    assert not any(path.exists() for path in absent)
+    done = made.run("repro", "toy", "controls")
+    assert done.returncode == 0, done.stderr
+    assert "2 stages ran" in done.stdout
+    assert all(path.is_file() for path in absent)
+
+
 @pytest.mark.parametrize("case", EDITS)
 def test_what_an_edit_makes_stale(made: Miniature, case: str) -> None:
     name, old, new, expected = EDITS[case]
