@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,9 @@ from test_containers import build, need
 from test_slurm import HERE, Bench, cluster, living
 
 from mirepro.launch import container
+from mirepro.launch.container import Container
 from mirepro.launch.launcher import JobFailed
+from mirepro.site import Section
 from tests.test_pretrain import bytes_of, data, run, train
 
 __all__ = ["cluster", "data"]
@@ -74,6 +79,59 @@ def test_time_limit_requeues_and_resumes_in_a_container(cluster: Cluster, image:
     assert int(firsts[1]) > 0, "began from nothing"
     assert "Calling checkpoint method" in bench.handle.log.read_text()
     assert (bench.work / "where").read_text() == "podman"
+
+
+LISTENS = """
+import signal, sys, time
+from pathlib import Path
+from mirepro.launch import container
+heard = Path(sys.argv[1])
+signal.signal(signal.SIGUSR2, lambda *_: heard.write_text("USR2"))
+container.unblock()
+heard.write_text("")
+end = time.monotonic() + 120
+while heard.read_text() != "enough" and time.monotonic() < end:
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("shielded", [True, pytest.param(False, id="control")])
+def test_a_signal_to_podmans_helpers_is_not_lost(image: Image, tmp_path: Path, shielded: bool) -> None:
+    """Slurm's CONT and USR2 come one after the other, the second while a helper of podman passes on the first."""
+    heard, command = tmp_path / "heard", Container(tmp_path, Section(**image.section)).python()
+    command = command if shielded else command.replace("exec $shield", "exec")
+    with subprocess.Popen(f"exec {command} -c '{LISTENS}' {heard}", shell=True, start_new_session=True) as podman:
+        until(heard.exists, 60, "the container's start")
+        lost = False
+        for _ in range(5):  # one may pass the first on before it is hit
+            heard.write_text("")
+            _signal(podman.pid)
+            with suppress(AssertionError):
+                until(heard.read_text, 5, "the signal")
+            lost = lost or not heard.read_text()
+            if lost:
+                break
+        heard.write_text("enough")
+        podman.wait(60)
+    assert lost != shielded
+
+
+def _signal(podman: int) -> None:
+    """Sends CONT to podman, USR2 to the helper that this starts, and USR2 to podman."""
+    before, helpers, end = _children(podman), set[int](), time.monotonic() + 30
+    os.kill(podman, signal.SIGCONT)
+    while not helpers and time.monotonic() < end:
+        helpers = _children(podman) - before
+    assert helpers
+    for process in (*helpers, podman):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGUSR2)
+
+
+def _children(process: int) -> set[int]:
+    """Processes that one process has started and not yet waited for."""
+    lists = [path.read_text() for path in Path(f"/proc/{process}/task").glob("*/children")]
+    return {int(word) for text in lists for word in text.split()}
 
 
 @pytest.mark.parametrize("watched", [True, False])

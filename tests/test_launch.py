@@ -121,7 +121,8 @@ def test_container_commands(tmp_path: Path) -> None:
         return Container(tmp_path, Section(image=DIGEST, runtime=runtime, gpus=1, binds=("/data", "/a:/b")))
 
     podman = words("podman").python()
-    assert podman.startswith("sh -c 'export MIREPRO_CLIENT=$$; exec podman run --rm ")
+    assert podman.startswith("sh -c 'export MIREPRO_CLIENT=$$; ")
+    assert "exec $shield podman run --rm " in podman
     assert f"--volume {tmp_path}:{tmp_path} --volume /data:/data --volume /a:/b" in podman
     assert "SLURM_*" in podman
     assert podman.endswith(f"""--entrypoint python3 {DIGEST} "$@"' podman""")

@@ -15,6 +15,8 @@ NAMES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "CUBLAS_WORKSPACE_CONFIG")
 PYTHON = "python3"
 CLIENT = "MIREPRO_CLIENT"
 """Environment variable: process id of the podman that a job's container belongs to."""
+SIGNAL = "USR2"
+"""submitit's signal: the job's time is nearly over, or another job wants its place."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,24 @@ class Container:
         return shlex.join([*words, PYTHON])
 
     def _podman(self, image: str, gpus: bool) -> str:
-        """The user of the job owns what it writes: root inside is that user in a rootless podman, and root for root."""
+        """The user of the job owns what it writes: root inside is that user in a rootless podman, and root for root.
+
+        Slurm signals all processes of a step, among them the helper by which podman passes the signal before (CONT) on.
+        A helper that dies of it ends all passing on; so helpers start with the signal blocked, where `env` can do that.
+        """
         binds = [word for bind in self.binds for word in ("--volume", bind)]
         variables = [word for name in (*(f"{prefix}*" for prefix in PREFIXES), *NAMES) for word in ("--env", name)]
         device = ["--device", "nvidia.com/gpu=all"] if gpus else []
         words = ["podman", "run", "--rm", "--network=host", "--ipc=host", "--pid=host", "--user=0:0"]
         words += ["--workdir", str(self.root), *device, *binds, *variables, "--entrypoint", PYTHON, image]
-        return shlex.join(["sh", "-c", f'export {CLIENT}=$$; exec {shlex.join(words)} "$@"', "podman"])
+        shield = f"env --block-signal={SIGNAL}"
+        shielded = f'export {CLIENT}=$$; shield=$({shield} echo {shield} 2>/dev/null); exec $shield'
+        return shlex.join(["sh", "-c", f'{shielded} {shlex.join(words)} "$@"', "podman"])
+
+
+def unblock() -> None:
+    """Takes the signal that this process inherited blocked from the podman that started it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.Signals[f"SIG{SIGNAL}"]])
 
 
 def die_with_client() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mirepro import progress
 from mirepro.errors import UserError
-from mirepro.launch.container import die_with_client
+from mirepro.launch.container import die_with_client, unblock
 
 MARK = "requeue"  # file in a job's folder
 BARREN = 3
@@ -58,6 +58,7 @@ class Task:
         os.environ[progress.REPORT] = str(self.work / "progress")
         _substitute_scontrol()
         die_with_client()
+        unblock()
         try:
             self.call()
         except UserError as error:
