@@ -50,6 +50,7 @@ class Trunk(nn.Module):
         self.stem = _stem(stem, channels, width)
         self.strides = [STEMS[stem] * 2**level for level in range(4)]
         self.channels = [width * 2**level * block.expansion for level in range(4)]
+        self.aligned = width % 8 == 0
         inner = width
         for level, depth in enumerate(depths):
             planes, stride = width * 2**level, 1 if level == 0 else 2
@@ -61,12 +62,20 @@ class Trunk(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """`(B, C, S, S)` -> the maps C2..C5, `(B, channels[i], S / strides[i], S / strides[i])`."""
-        x = self.stem(x)
+        layout = self.layout(x.device)
+        x = self.stem(x.contiguous(memory_format=layout)).contiguous(memory_format=layout)  # one channel has no layout
         maps = []
         for level in range(1, 5):
             x = self.get_submodule(f"layer{level}")(x)
             maps.append(x)
         return maps
+
+    def layout(self, device: torch.device) -> torch.memory_format:
+        """How the maps lie in memory: channels last on the CPU, where oneDNN convolves them in a fifth less time.
+
+        Only for whole vectors of 8 channels: with fewer than 8, oneDNN's AVX2 kernels write past the end of a gradient.
+        """
+        return torch.channels_last if device.type == "cpu" and self.aligned else torch.contiguous_format
 
 
 def _shortcut(

@@ -232,7 +232,7 @@ class Trainer:
             outputs = [part[name] for name in pieces]
             gradients.append(torch.autograd.grad(outputs, weights, [pieces[name][number] for name in pieces]))
         for weight, gradient in zip(weights, self.world.total(gradients), strict=True):
-            weight.grad = gradient
+            weight.grad = gradient.contiguous()  # the fused optimiser takes weight and gradient for one layout
 
     def _schedule(self) -> None:
         for group in self.optimiser.param_groups:

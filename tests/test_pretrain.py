@@ -301,6 +301,20 @@ def test_the_optimiser_takes_each_gradient_in_its_weights_layout(spoilt, data, m
     assert all(right) != spoilt
 
 
+@pytest.mark.parametrize("arch", ["resnet10", "resnet50"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_maps_lie_channels_last_only_where_the_width_fills_vectors(arch, channels):
+    x = torch.rand(2, channels, 32, 32)
+    for width, layout in ((8, torch.channels_last), (4, torch.contiguous_format), (2, torch.contiguous_format)):
+        trunk = encoders.Trunk(arch, width, "tiny", channels).eval()
+        encoders.initialise(trunk, 0)
+        maps = trunk(x)
+        assert all(item.is_contiguous(memory_format=layout) for item in maps)
+        trunk.aligned = not trunk.aligned  # without a gradient either layout is safe; they differ by rounding alone
+        for one, other in zip(maps, trunk(x), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 def test_schedules():
     rate = pretrain.learning_rate
     assert [rate(OptimParams(lr=1.0, schedule="step"), p) for p in (0.0, 0.59, 0.6, 0.9)] == pytest.approx(

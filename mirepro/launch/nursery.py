@@ -14,7 +14,13 @@ from mirepro import progress, stages
 from mirepro.errors import UserError
 from mirepro.profiles import Profile
 
-PRELOAD = ["mirepro.pretrain", "mirepro.transfer.evaluate", "mirepro.transfer.controls", "mirepro.transfer.detection"]
+PRELOAD = [
+    "mirepro.pretrain",
+    "mirepro.transfer.evaluate",
+    "mirepro.transfer.controls",
+    "mirepro.transfer.detection",
+    "scipy.optimize",  # the evaluation's solver, imported where it is used
+]
 INTERRUPTED = 130
 
 
