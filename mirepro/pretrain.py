@@ -145,7 +145,7 @@ class Trainer:
         with Bar(title, total, self.step * batch, shown=self.world.leader) as bar:
             for epoch in range(self.epoch, self.params.epochs):
                 self.begin(epoch)
-                for index in self.batches(epoch):
+                for index in self.images.ahead(self.batches(epoch), self.world.part):
                     output = self.train_step(index)
                     bar.advance(batch, loss=float(output.loss.detach()), estimate=output.estimate, **self.monitor)
                 self.finish(epoch)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import time
 
 import numpy as np
 import pytest
@@ -40,6 +41,30 @@ def test_what_is_read_is_not_held(data, monkeypatch):
         decoded.clear()
         split[torch.arange(4)]
         assert len(decoded) == second
+
+
+def test_the_next_batch_is_decoded_meanwhile_and_once(data, monkeypatch):
+    """While the caller holds a batch its successor is decoded, no further one, and no image again."""
+    decoded, original = [], shards.Split.image
+    monkeypatch.setattr(shards.Split, "image", lambda self, i, size=None: decoded.append(i) or original(self, i, size))
+    monkeypatch.setattr(images, "MEMORY", 0)
+    split = images.Images(shards.open(data, "train"), 2)
+    batches = [torch.tensor(b) for b in ([5, 1, 2], [9, 5, 3], [4, 0, 7])]
+    decoded.clear()
+    due: list[int] = []
+    for number, batch in enumerate(split.ahead(batches, lambda b: b[:2])):  # another process reads the third
+        assert torch.equal(batch, batches[number])
+        for new in ([5, 1, 9], [4, 0], [])[number]:
+            due.append(new)
+        until = time.monotonic() + 10
+        while len(decoded) < len(due) and time.monotonic() < until:
+            time.sleep(0.001)
+        assert sorted(decoded) == sorted(due)
+        assert torch.equal(split[batch[:2]], torch.from_numpy(split._split.images(None))[batch[:2]])
+        del decoded[len(due) :]  # `images` decoded all of them for the comparison
+    decoded.clear()
+    split[batches[0]]
+    assert sorted(decoded) == [1, 2, 5]  # control: nothing is kept afterwards
 
 
 @pytest.mark.parametrize("name", ["ring", "moco", "random"])

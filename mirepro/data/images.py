@@ -1,9 +1,11 @@
 """The images of a split as tensors, by sample index; what does not fit into memory is decoded batch by batch."""
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mirepro.data.shards import Split
@@ -29,6 +31,7 @@ class Images:
         small = len(split) * int(np.prod(self._shape)) <= MEMORY
         self._kept = torch.from_numpy(split.images(None)) if small else None
         self._pool = None if small else ThreadPoolExecutor(threads)
+        self._ahead: dict[int, Future[NDArray[np.uint8]]] = {}
 
     def __len__(self) -> int:
         return len(self._split)
@@ -38,7 +41,24 @@ class Images:
         if self._pool is None:
             assert self._kept is not None
             return self._kept[index]
-        images = list(self._pool.map(self._split.image, index.tolist()))
+        decoded = self._decode(self._pool, index)
+        images = [decoded[i].result() for i in index.tolist()]
         if any(image.shape != self._shape for image in images):
             raise UserError(f"{self._split.folder}: images of different sizes; import the data again with a side")
         return torch.from_numpy(np.stack(images))
+
+    def ahead(self, batches: Sequence[Tensor], part: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        """Yields the batches `(B,)`; images of the next one are decoded while the caller computes on the current one.
+
+        Args:
+            batches: Samples of each step, int64.
+            part: What this process reads of a batch.
+        """
+        for number, batch in enumerate(batches):
+            if self._pool is not None:
+                self._ahead = self._decode(self._pool, torch.cat([part(b) for b in batches[number : number + 2]]))
+            yield batch
+        self._ahead = {}
+
+    def _decode(self, pool: ThreadPoolExecutor, index: Tensor) -> dict[int, Future[NDArray[np.uint8]]]:
+        return {i: self._ahead.get(i) or pool.submit(self._split.image, i) for i in dict.fromkeys(index.tolist())}
