@@ -134,15 +134,12 @@ def test_a_run_goes_on_with_another_number_of_ranks(name, before, after, data, t
     assert {name: bytes_of(tmp_path / name / "out")} == whole
 
 
-SPREAD = ("ir", "ball", "ring", "la", "cave", "cave_numerator", "cmc", "cmc_ring", "ir_nce", "moco_ring", "simclr")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", SPREAD)
-def test_ranks_that_share_the_bank_are_equal_to_the_byte(objective, data, tmp_path):
-    alone = outputs(1, data, tmp_path / "1", objective, "4:4")
-    assert outputs(2, data, tmp_path / "2", objective, "4:4") == alone
-    assert outputs(4, data, tmp_path / "4", objective, "4:4") == alone
+@pytest.mark.parametrize("names", ["ir,ball,ring", "la,cave,cave_numerator", "cmc,cmc_ring,ir_nce", "moco_ring,simclr"])
+def test_ranks_that_share_the_bank_are_equal_to_the_byte(names, data, tmp_path):
+    alone = outputs(1, data, tmp_path / "1", names, "4:4")
+    assert outputs(2, data, tmp_path / "2", names, "4:4") == alone
+    assert outputs(4, data, tmp_path / "4", names, "4:4") == alone
 
 
 @pytest.mark.slow

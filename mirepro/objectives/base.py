@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mirepro.banks import Bank
 from mirepro.errors import UserError
 from mirepro.rng import Stream
 
 if TYPE_CHECKING:
+    from mirepro.banks import Bank
     from mirepro.encoders import Ensemble
 
 
@@ -44,7 +44,7 @@ class Query:
     """
 
     z: Tensor
-    bank: Bank
+    bank: "Bank"
     index: Tensor
     modality: str
     step: Step
@@ -135,7 +135,7 @@ class Objective:
         """Parameters of the objective itself, trained with the encoder."""
         return []
 
-    def refresh(self, banks: Mapping[str, Bank], epoch: int, seed: int) -> None:
+    def refresh(self, banks: Mapping[str, "Bank"], epoch: int, seed: int) -> None:
         """Called before each epoch."""
 
     def state(self) -> dict[str, Tensor]:
@@ -189,14 +189,14 @@ class Objective:
         loss = ce - math.log(self.k)
         return Terms(loss, -loss.detach() if self.claim != "no" and self.bounded else None, negatives)
 
-    def queries(self, z: Mapping[str, Tensor], banks: Mapping[str, Bank], index: Tensor, step: Step) -> list[Query]:
+    def queries(self, z: Mapping[str, Tensor], banks: Mapping[str, "Bank"], index: Tensor, step: Step) -> list[Query]:
         """One query per direction."""
         return [Query(z[anchor], banks[other], index, other, step) for anchor, other in self.pairs()]
 
     def __call__(
         self,
         z: Mapping[str, Tensor],
-        banks: Mapping[str, Bank],
+        banks: Mapping[str, "Bank"],
         index: Tensor,
         step: Step,
         labels: Tensor | None = None,
@@ -216,7 +216,7 @@ class Objective:
         estimates = [float(t.estimate.mean()) for t in terms if t.estimate is not None]
         return Output(loss, sum(estimates) / len(estimates) if len(estimates) == len(terms) else None)
 
-    def update(self, banks: Mapping[str, Bank], z: Mapping[str, Tensor], index: Tensor) -> None:
+    def update(self, banks: Mapping[str, "Bank"], z: Mapping[str, Tensor], index: Tensor) -> None:
         """Writes the batch into the banks; after the loss and after backward."""
         for name in self.modalities:
             banks[name].update(index, z[name], self.momentum)
