@@ -10,7 +10,8 @@ from torch import Tensor
 
 from benchmarks import bank as operators
 from benchmarks import harness
-from mirepro import kmeans, ops
+from mirepro import ops
+from mirepro.bank import WholeBank
 
 CLUSTERINGS, ITERATIONS = 10, 5
 """Of one refresh, which is one epoch's, at full scale."""
@@ -37,7 +38,7 @@ def main() -> None:
         results.add(f"assignment of {len(part)} rows, {kind}", times, flops=work * len(part))
         assignment, means = harness.Times(), harness.Times()
         labels = assignment.take(lambda v=values, c=centroids: ops.bank_assign(v, c))
-        means.take(lambda v=values, n=labels, c=centroids: kmeans.means(v, n, c))
+        means.take(lambda v=values, n=labels, c=centroids: WholeBank(v).means(n, c))
         results.add(f"assignment of all rows, {kind}", {"mirepro": assignment}, flops=work * len(values))
         results.add(f"means of all clusters, {kind}", {"mirepro": means})
         assign, mean = (times.processor[0] / 1000 for times in (assignment, means))

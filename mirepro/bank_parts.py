@@ -35,11 +35,11 @@ def edges(size: int, blocks: int, world: World) -> list[int]:
     if blocks < 1 or blocks % world.size:
         possible = ", ".join(str(count) for count in range(1, blocks + 1) if blocks % count == 0)
         raise UserError(
-            f"rank {world.rank}: {world.size} ranks cannot share {blocks} blocks of a bank equally; "
+            f"rank {world.rank}: {world.size} ranks cannot share pretrain.bank_shards {blocks} equally; "
             f"start one of {possible}"
         )
     if size < blocks:
-        raise UserError(f"bank: {size} rows are too few for {blocks} blocks; use at most {size} blocks")
+        raise UserError(f"pretrain.bank_shards: {blocks} blocks are too many for {size} rows; use at most {size}")
     own = blocks // world.size
     return [block * size // blocks for block in range(world.rank * own, (world.rank + 1) * own + 1)]
 
@@ -71,6 +71,7 @@ class Part:
 
     Attributes:
         edges: Where this rank's blocks begin and end, see `edges`.
+        counts: Rows of each rank.
         widest: Rows of the rank that has most.
     """
 
@@ -81,7 +82,8 @@ class Part:
         self.world, self.size, self.edges = world, size, edges(size, blocks, world)
         self.first = self.edges[0]
         others = [edges(size, blocks, World(rank, world.size)) for rank in range(world.size)]
-        self.widest = max(other[-1] - other[0] for other in others)
+        self.counts = [other[-1] - other[0] for other in others]
+        self.widest = max(self.counts)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Begin and end of each of this rank's blocks, counted from `first`."""

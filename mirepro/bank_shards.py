@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirepro import bank_logsumexp, bank_parts, bank_regions, ops, rng
+from mirepro import bank_logsumexp, bank_parts, bank_regions, ops
+from mirepro.bank import cluster_means, cluster_sums, initial
 from mirepro.bank_parts import Part, decode, encode
 from mirepro.ranks import World
 from mirepro.rng import Stream
@@ -45,9 +46,19 @@ class ShardedBank(Part):
             UserError: The ranks do not divide the blocks, or there are fewer rows than blocks.
         """
         super().__init__(size, world=world, blocks=blocks)
-        draws = rng.normal(seed, Stream.BANK, modality, np.arange(self.first, self.edges[-1]), dim)
-        rows = (draws / np.sqrt((draws * draws).sum(1, keepdims=True))).astype(np.float32)
-        self.rows = torch.from_numpy(rows).to(device)
+        self.rows = initial(np.arange(self.first, self.edges[-1]), dim, seed, modality).to(device)
+
+    def numbers(self) -> Tensor:
+        """`(n,)` int64: the rows of the bank that this rank holds."""
+        return torch.arange(self.first, self.edges[-1], device=self.rows.device)
+
+    def whole(self) -> Tensor:
+        """`(N, D)` on the first rank's CPU, `(0, D)` on the others. Sends 4 D bytes per row to the first rank."""
+        return self.world.collect(self.rows, self.counts)
+
+    def load(self, rows: Tensor) -> None:
+        """Takes over this rank's of all rows `(N, D)`."""
+        self.rows = rows[self.first : self.edges[-1]].to(self.rows.device, copy=True)
 
     def update(self, index: Tensor, z: Tensor, momentum: float) -> None:
         """As `MemoryBank.update`: every rank changes its own rows, in order of appearance. Sends nothing."""
@@ -183,14 +194,13 @@ class ShardedBank(Part):
     def means(self, labels: Tensor, previous: Tensor) -> Tensor:
         """`(K, D)` float32 means of the clusters `(n,)` of this rank's rows; empty ones keep the previous row.
 
-        Summed in float64 in row order within a block, then over blocks: the bits of `kmeans.means` for one block only.
+        Summed in float64 in row order within a block, then over blocks: `WholeBank.means` for one block only.
         Sends 8 K (D + 1) bytes in all (V / R times as much where that is no power of two).
         """
-        clusters, values = labels.cpu().numpy(), self.rows.cpu().numpy()
-        parts = [[_sums(values[a:b], clusters[a:b], len(previous)).to(previous.device)] for a, b in self.blocks()]
+        clusters, values, count = labels.cpu().numpy(), self.rows.cpu().numpy(), len(previous)
+        parts = [[cluster_sums(values[a:b], clusters[a:b], count).to(previous.device)] for a, b in self.blocks()]
         (total,) = self.world.total(parts)
-        count = total[:, -1:]
-        return torch.where(count > 0, total[:, :-1] / count.clamp(min=1), previous.double()).float()
+        return cluster_means(total, previous)
 
     def _anywhere(self, key: bank_regions.Key, sample: Tensor, k: int, own: Tensor | None) -> Tensor:
         """Draws from the whole bank: a number is a row, or the next one from the own row on."""
@@ -218,13 +228,3 @@ class _GatherDot(torch.autograd.Function):
             weight, place = torch.where(inside, grads[0], 0.0), place.clamp(0, end - begin - 1)
             parts.append([torch.ops.mirepro.gather_dot_backward(weight, bank.rows[begin:end], place)])
         return bank.world.total(parts)[0], None, None
-
-
-def _sums(values: np.ndarray, clusters: np.ndarray, count: int) -> Tensor:
-    """`(K, D + 1)` float64: each cluster's sum of rows, in row order, and their number."""
-    total = np.zeros((count, values.shape[1] + 1))
-    order = np.argsort(clusters, kind="stable")
-    present, first, members = np.unique(clusters[order], return_index=True, return_counts=True)
-    total[present, :-1] = np.add.reduceat(values[order].astype(np.float64), first, axis=0)
-    total[present, -1] = members
-    return torch.from_numpy(total)

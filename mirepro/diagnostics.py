@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mirepro import ops
-from mirepro.bank import MemoryBank
+from mirepro.banks import Bank
 from mirepro.objectives.base import Objective, Query, Step
 from mirepro.objectives.ir import Ir
 
@@ -19,7 +19,7 @@ CHUNK = 256  # anchors at a time, so that memory does not grow with the square o
 def epoch(
     objective: Objective,
     z: Mapping[str, Tensor],
-    banks: Mapping[str, MemoryBank],
+    banks: Mapping[str, Bank],
     index: Tensor,
     step: Step,
     classes: Tensor,
@@ -40,12 +40,12 @@ def epoch(
 
 def _query(objective: Objective, q: Query, classes: Tensor) -> dict[str, float]:
     terms = objective.terms(q)
-    everything, _ = ops.region_logsumexp(q.z, q.bank, 0, q.size, objective.tau)
+    everything, _ = q.bank.region_logsumexp(q.z, 0, q.size, objective.tau)
     values = {}
     if terms.estimate is not None:
         values["certified_share"] = _certified(objective, q, terms.estimate, everything)
     low, high = objective.region(q.size, q.step)
-    lowest = ops.region_thresholds(q.z, q.bank, low, high)[:, 1] / objective.tau
+    lowest = q.bank.region_thresholds(q.z, low, high)[:, 1] / objective.tau
     values["t3_share"] = float((lowest >= everything - math.log(q.size)).double().mean())
     fallbacks = getattr(objective, "fallbacks", None)
     values["fallback_share"] = fallbacks(q) if fallbacks else 0.0
@@ -57,7 +57,7 @@ def _query(objective: Objective, q: Query, classes: Tensor) -> dict[str, float]:
 
 def _certified(objective: Objective, q: Query, estimate: Tensor, everything: Tensor) -> float:
     """1 where mean estimate + 3 standard errors <= log N - CE_full (Barber-Agakov, exact for the finite bank)."""
-    positive = ops.gather_dot(q.z, q.bank, q.index[:, None])[:, 0] / objective.tau
+    positive = q.bank.gather_dot(q.z, q.index[:, None])[:, 0] / objective.tau
     bound = math.log(q.size) - float((everything - positive).double().mean())
     estimate = estimate.double()
     error = float(estimate.std()) / math.sqrt(len(estimate)) if len(estimate) > 1 else 0.0
@@ -65,7 +65,7 @@ def _certified(objective: Objective, q: Query, estimate: Tensor, everything: Ten
 
 
 @torch.no_grad()
-def nce(objective: Objective, z: Mapping[str, Tensor], banks: Mapping[str, MemoryBank], step: Step) -> float:
+def nce(objective: Objective, z: Mapping[str, Tensor], banks: Mapping[str, Bank], step: Step) -> float:
     """The unrestricted `ir` estimate of the final f against the final bank, nats: objectives compared at equal f.
 
     Args:

@@ -57,7 +57,9 @@ class ViewParams:
 class PretrainParams:
     """What all rows share: paired seeds mean equal views, order and initial weights for every objective.
 
-    `device` is cpu, or cuda (tiers exact and fast), where a rank takes the device of its local number.
+    `device` is cpu, or cuda (tiers exact and fast), where a rank takes the device of its local number. `bank_shards` 0
+    keeps the whole bank on every rank; V >= 1 spreads it over the ranks in V blocks, for banks that one device cannot
+    hold: results depend on V, and not on the number of ranks, which has to divide V.
     """
 
     data: str = "desk"
@@ -65,6 +67,7 @@ class PretrainParams:
     epochs: int = 10
     batch: int = 128
     shards: int = 1
+    bank_shards: int = 0
     precision: str = "float32"
     monitor: int = 1
     digest: int = 20

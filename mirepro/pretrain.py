@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from mirepro import checkpoint, determinism, diagnostics, encoders, files, metrics, objectives, ops, ranks, rng, views
-from mirepro.bank import MemoryBank
+from mirepro import banks, checkpoint, determinism, diagnostics, encoders, files, metrics, objectives, ranks, rng, views
 from mirepro.data import shards
 from mirepro.data.images import Images
 from mirepro.errors import UserError
@@ -38,7 +37,7 @@ def pretrain(run: RunParams, data_folder: Path, work: Path, out: Path, fingerpri
         fingerprint: Names the run; a checkpoint of another one is refused.
 
     Returns:
-        The run's metrics document (the first rank's).
+        The run's metrics document; an empty one on other ranks than the first.
 
     Raises:
         UserError: Impossible parameters, damaged data, a foreign checkpoint.
@@ -47,8 +46,9 @@ def pretrain(run: RunParams, data_folder: Path, work: Path, out: Path, fingerpri
         trainer = Trainer(run, shards.open(data_folder, "train"), shards.open(data_folder, "val"), world)
         trainer.resume(world.share(lambda: checkpoint.load(work, fingerprint)))
         trainer.loop(work, fingerprint)
-        world.lead(trainer.write, out)
-        return world.lead(trainer.metrics) or {}
+        trainer.write(out)
+        document = trainer.metrics()  # on all ranks, among which a bank may be spread
+        return document if world.leader else {}
 
 
 def check(params: PretrainParams, size: int) -> None:
@@ -56,6 +56,7 @@ def check(params: PretrainParams, size: int) -> None:
     rules = {
         "batch": (1 <= params.batch <= size, f"between 1 and the {size} training images"),
         "shards": (params.shards >= 1 and params.batch % params.shards == 0, f"a divisor of the batch {params.batch}"),
+        "bank_shards": (0 <= params.bank_shards <= size, f"0 (whole banks) or at most the {size} training images"),
         "epochs": (params.epochs >= 0, "0 or more"),
         "encoder.norm": (not params.encoder.norm or params.batch > params.shards, "two images a shard, or norm: false"),
         "precision": (params.precision in PRECISIONS, " or ".join(PRECISIONS)),
@@ -121,11 +122,7 @@ class Trainer:
         self.model.to(self.device)
         self.moments = Moments(self.model)
         self.objective.initialise(self.model, run.seed)
-        dim = self.params.encoder.dim
-        self.banks = {
-            name: MemoryBank(train.size, dim, seed=run.seed, modality=number, device=self.device)
-            for number, name in enumerate(self.objective.modalities)
-        }
+        self.banks = banks.create(run, self.objective.modalities, train.size, world, self.device)
         self.weights = [*self.model.parameters(), *self.objective.parameters()]
         optim = self.params.optim
         self.optimiser = torch.optim.SGD(
@@ -246,8 +243,8 @@ class Trainer:
         self.sums["estimate"] += math.nan if output.estimate is None else output.estimate
         self.step += 1
         if self.step % self.params.digest == 0 or self.step == self.total_steps:
-            banks = {f"bank.{name}": bank.rows for name, bank in self.banks.items()}
-            parts = determinism.digests({**self.model.state_dict(), **banks})
+            state = self.model.state_dict() | {f"bank.{name}": bank.whole() for name, bank in self.banks.items()}
+            parts = self.world.share(lambda: determinism.digests(state))
             previous = self.chain[-1]["chain"] if self.chain else ""
             link = determinism.chain(previous, self.step, parts)
             self.chain.append({"step": self.step, "chain": link, "tensors": parts})
@@ -284,10 +281,7 @@ class Trainer:
 
     def nearest_neighbour(self) -> float:
         """1-NN top-1 on val against the bank's rows, percent."""
-        z = torch.cat(list(self.embeddings(self.val).values()), 1)
-        rows = torch.cat([bank.rows for bank in self.banks.values()], 1)
-        _, nearest = ops.neighbors(z, rows, 1)
-        hits = self.classes[nearest[:, 0]] == self.val_classes
+        hits = self.classes[banks.nearest(self.embeddings(self.val), self.banks)] == self.val_classes
         return 100 * float(hits.double().mean())
 
     @torch.no_grad()
@@ -302,7 +296,7 @@ class Trainer:
             self.model.embed(self._view(self.images, index, None))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a checkpoint holds as tensors."""
+        """Everything a checkpoint holds as tensors, on the first rank; all ranks ask."""
         buffers = {
             f"optim.{i}": self.optimiser.state[weight]["momentum_buffer"]
             for i, weight in enumerate(self.weights)
@@ -310,7 +304,7 @@ class Trainer:
         }
         return (
             {f"model.{name}": value for name, value in self.model.state_dict().items()}
-            | {f"bank.{name}": bank.rows for name, bank in self.banks.items()}
+            | {f"bank.{name}": bank.whole() for name, bank in self.banks.items()}
             | {f"objective.{name}": value for name, value in self.objective.state().items()}
             | {f"parameter.{i}": value.data for i, value in enumerate(self.objective.parameters())}
             | buffers
@@ -333,10 +327,10 @@ class Trainer:
         groups: dict[str, dict[str, Tensor]] = {}
         for name, value in saved.tensors.items():
             group, _, rest = name.partition(".")
-            groups.setdefault(group, {})[rest] = value.to(self.device)
+            groups.setdefault(group, {})[rest] = value if group == "bank" else value.to(self.device)
         self.model.load_state_dict(groups["model"])
         for name, rows in groups["bank"].items():
-            self.banks[name].rows = rows
+            self.banks[name].load(rows)
         self.objective.load_state(groups.get("objective", {}))
         for i, parameter in enumerate(self.objective.parameters()):
             parameter.data.copy_(groups["parameter"][str(i)])
@@ -347,15 +341,17 @@ class Trainer:
             setattr(self, name, saved.facts[name])
 
     def write(self, out: Path) -> None:
-        """Writes the run's artefacts."""
+        """Writes the run's artefacts; all ranks call it, the first one writes."""
+        rows = {name: bank.whole().cpu().contiguous() for name, bank in self.banks.items()}
+        if not self.world.leader:
+            return
         encoders.save(out / "encoder.safetensors", self.model)
-        rows = {name: bank.rows.cpu().contiguous() for name, bank in self.banks.items()}
         files.write_bytes(out / "bank.safetensors", to_safetensors(rows))
         for name, lines in (("history.jsonl", self.history), ("chain.txt", self.chain)):
             files.write_text(out / name, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
 
     def metrics(self) -> dict[str, Any]:
-        """The run's metrics document; reads train and val only."""
+        """The run's metrics document; reads train and val only. All ranks ask together."""
         last = self.history[-1] if self.history else {}
         fresh = self.params.epochs
         mi = diagnostics.held_out(

@@ -3,6 +3,8 @@
 Every rank holds the whole state: weights, optimiser, banks, history. It embeds its own shards, and exchanges three
 things: embeddings and BatchNorm moments in shard order, and gradients, summed in one fixed tree. Everything else (the
 objective on the global batch, the step, the banks) is computed alike everywhere. The first rank alone writes.
+
+With `bank_shards` a rank holds its rows of the banks, and what is asked about them is computed together.
 """
 
 import contextlib
@@ -122,6 +124,24 @@ class World:
         everything = rows.new_empty((self.size * len(rows), *rows.shape[1:]))
         with _contact(self.rank):
             dist.all_gather_single(everything, rows.contiguous())
+        return everything
+
+    def collect(self, rows: "Tensor", counts: Sequence[int]) -> "Tensor":
+        """`(n, ...)` of each rank, n as in `counts` -> all of them on the first rank's CPU, none on the others."""
+        rows = rows.cpu().contiguous()
+        if self.size == 1:
+            return rows
+        import torch.distributed as dist
+
+        with _contact(self.rank):
+            if not self.leader:
+                dist.send(rows, 0)
+                return rows[:0]
+            everything = rows.new_empty((sum(counts), *rows.shape[1:]))
+            own, *others = everything.split(list(counts))
+            own.copy_(rows)
+            for rank, part in enumerate(others, 1):
+                dist.recv(part, rank)
         return everything
 
     def total(self, parts: Sequence[Sequence["Tensor"]]) -> list["Tensor"]:

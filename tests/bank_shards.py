@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mirepro import bank_parts, bank_shards, ops, ranks
+from mirepro.bank import WholeBank
 from tests.ops_cases import unit
 
 BLOCKS, AT_ONCE = 4, 128
@@ -16,23 +17,13 @@ RANKED = ("plain", "ties", "small", "zeros")
 PROBLEMS = (*RANKED, "equal")
 
 
-class Whole:
-    """`mirepro.ops` on one bank, asked like `ShardedBank`."""
+class Whole(WholeBank):
+    """The whole bank, asked like one rank's part."""
+
+    first = 0
 
     def __init__(self, rows: Tensor):
-        self.rows, self.size, self.first = rows.clone(), len(rows), 0
-
-    def __getattr__(self, name: str):
-        return lambda z, *arguments, **options: getattr(ops, name)(z, self.rows, *arguments, **options)
-
-    def update(self, index: Tensor, z: Tensor, momentum: float) -> None:
-        ops.bank_update_(self.rows, index, z, momentum)
-
-    def take(self, index: Tensor) -> Tensor:
-        return self.rows[index]
-
-    def assign(self, centroids: Tensor) -> Tensor:
-        return ops.bank_assign(self.rows, centroids)
+        super().__init__(rows.clone())
 
     def sum(self, integers: Tensor) -> Tensor:
         return integers

@@ -1,13 +1,16 @@
 """One rank of small runs: `python -m tests.ranks DATA WORK OBJECTIVES SHARDS [EPOCHS]`; torchrun's variables as usual.
 
-OBJECTIVES is a list with commas; EPOCHS below 3 leaves after so many, as a preempted job does. The variable
-MIREPRO_TEST_DIE=RANK:STEP kills that rank before that step; MIREPRO_TEST_FAIL=RANK:STEP makes it raise.
+OBJECTIVES is a list with commas; SHARDS is the number of shards, or with that of the bank's, as in 4:2; EPOCHS below 3
+leaves after so many, as a preempted job does. The variable MIREPRO_TEST_DIE=RANK:STEP kills that rank before that step;
+MIREPRO_TEST_FAIL=RANK:STEP makes it raise; MIREPRO_TEST_MOVE=RANK:STEP makes it change a row of its banks.
 """
 
 import os
 import signal
 import sys
 from pathlib import Path
+
+import torch
 
 from mirepro import cli, files, pretrain
 from mirepro.errors import UserError
@@ -27,6 +30,9 @@ class Faulty(pretrain.Trainer):
             os.kill(os.getpid(), signal.SIGKILL)
         if os.environ.get("MIREPRO_TEST_FAIL") == here:
             raise ZeroDivisionError("the cause")
+        if os.environ.get("MIREPRO_TEST_MOVE") == here:
+            for bank in self.banks.values():
+                bank.rows[-1, 0] = torch.nextafter(bank.rows[-1, 0], torch.tensor(2.0))
         return super().train_step(index)
 
     def begin(self, epoch):
@@ -39,15 +45,18 @@ class Faulty(pretrain.Trainer):
     def resume(self, saved):
         super().resume(saved)
         self.world.lead(print, f"resumed at {self.step}")
+        held = len(self.images) // self.world.size if self.params.bank_shards else len(self.images)
+        assert all(len(bank.rows) == held for bank in self.banks.values())
 
 
 def train(data: str, work: str, objectives: str, shards: str, epochs: str = str(EPOCHS)) -> None:
     """Trains each objective in a folder of its own; the first rank writes the metrics beside the outputs."""
     pretrain.CHECKPOINT_SECONDS, pretrain.Trainer, Faulty.last = -1.0, Faulty, int(epochs)
+    own, _, blocks = shards.partition(":")
     for objective in objectives.split(","):
         folder = Path(work) / objective
         (folder / "out").mkdir(parents=True, exist_ok=True)
-        params = run(objective, shards=int(shards), epochs=EPOCHS)
+        params = run(objective, shards=int(own), bank_shards=int(blocks or 0), epochs=EPOCHS)
         metrics = pretrain.pretrain(params, Path(data), folder, folder / "out", "f")
         if metrics:
             files.write_json(folder / "out" / "metrics.json", metrics)

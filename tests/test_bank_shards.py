@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mirepro import bank_parts, bank_regions, kmeans, ops, rng
+from mirepro import bank_parts, bank_regions, ops, rng
 from mirepro.bank import MemoryBank
 from mirepro.bank_shards import ShardedBank
 from mirepro.errors import UserError
@@ -59,7 +59,7 @@ def test_the_problems_hold_negative_zeros_ties_and_fallbacks():
 def test_sums_of_blocks_are_those_of_the_whole_bank_but_for_rounding(name):
     z, rows, own, labels = problem(name)
     found, whole = part_sums(name, World()), sums(Whole(rows), z, own, labels)
-    whole["means"] = kmeans.means(rows, ops.bank_assign(rows, z), z)
+    whole["means"] = Whole(rows).means(ops.bank_assign(rows, z), z)
     assert found.keys() == whole.keys()
     for key, value in whole.items():
         torch.testing.assert_close(found[key], value, rtol=2e-5, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
@@ -91,8 +91,8 @@ def test_ranks_answer_like_the_whole_bank(size, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("size", "blocks", "world", "message"),
     [
-        (9, 4, World(1, 3), "rank 1: 3 ranks cannot share 4 blocks of a bank equally; start one of 1, 2, 4"),
-        (3, 4, World(), "bank: 3 rows are too few for 4 blocks; use at most 3 blocks"),
+        (9, 4, World(1, 3), "rank 1: 3 ranks cannot share pretrain.bank_shards 4 equally; start one of 1, 2, 4"),
+        (3, 4, World(), "pretrain.bank_shards: 4 blocks are too many for 3 rows; use at most 3"),
     ],
 )
 def test_an_impossible_layout_is_refused(size, blocks, world, message):

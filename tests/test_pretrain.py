@@ -239,6 +239,8 @@ def test_pretraining_never_opens_the_test_split(data, tmp_path, monkeypatch):
         ({"batch": 81}, "batch"),
         ({"batch": 0}, "batch"),
         ({"shards": 3}, "shards"),
+        ({"bank_shards": -1}, "pretrain.bank_shards: -1"),
+        ({"bank_shards": 81}, "pretrain.bank_shards: 81 .* at most the 80 training images"),
         ({"epochs": -1}, "epochs"),
         ({"precision": "int8"}, "precision"),
         ({"optim": OptimParams(schedule="linear")}, "schedule"),

@@ -54,9 +54,11 @@ def finish(processes: list[subprocess.Popen[str]], seconds: float = 300) -> list
     return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
 
 
-def outputs(size: int, data: Path, work: Path, objectives: str, shards: int = 4) -> dict[str, dict[str, bytes]]:
+def outputs(
+    size: int, data: Path, work: Path, objectives: str, shards: int | str = 4, **variables: str
+) -> dict[str, dict[str, bytes]]:
     """Everything that the runs wrote: weights and buffers, bank, history, chain, metrics."""
-    for code, _, errors in finish(start(size, data, work, objectives, shards)):
+    for code, _, errors in finish(start(size, data, work, objectives, shards, **variables)):
         assert code == 0, errors
     found = {name: bytes_of(work / name / "out") for name in objectives.split(",")}
     expected = ["bank.safetensors", "chain.txt", "encoder.safetensors", "history.jsonl", "metrics.json"]
@@ -130,6 +132,52 @@ def test_a_run_goes_on_with_another_number_of_ranks(name, before, after, data, t
     assert {code for code, *_ in rest} == {0}
     assert rest[0][1] == "resumed at 10\n"
     assert {name: bytes_of(tmp_path / name / "out")} == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", ["ir,ball,ring", "la,cave,cave_numerator", "cmc,cmc_ring,ir_nce", "moco_ring,simclr"])
+def test_ranks_that_share_the_bank_are_equal_to_the_byte(names, data, tmp_path):
+    alone = outputs(1, data, tmp_path / "1", names, "4:4")
+    assert outputs(2, data, tmp_path / "2", names, "4:4") == alone
+    assert outputs(4, data, tmp_path / "4", names, "4:4") == alone
+
+
+@pytest.mark.slow
+def test_control_other_blocks_and_a_changed_row_of_a_rank_show(data, tmp_path):
+    four = outputs(2, data, tmp_path / "4", "ring", "4:4")["ring"]
+    two = outputs(2, data, tmp_path / "2", "ring", "4:2")["ring"]
+    assert two["bank.safetensors"] != four["bank.safetensors"]
+    moved = outputs(2, data, tmp_path / "moved", "ring", "4:4", MIREPRO_TEST_MOVE="1:7")["ring"]
+    assert moved["chain.txt"].splitlines()[:3] == four["chain.txt"].splitlines()[:3]
+    assert moved["chain.txt"].splitlines()[3] != four["chain.txt"].splitlines()[3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["la", "cmc"])
+def test_a_run_goes_on_with_other_parts_of_the_bank(name, data, tmp_path):
+    whole = outputs(1, data, tmp_path / "whole", name, "4:4")
+    assert {code for code, *_ in finish(start(4, data, tmp_path, name, "4:4", 2))} == {0}
+    rest = finish(start(2, data, tmp_path, name, "4:4"))
+    assert rest[0][:2] == (0, "resumed at 10\n")
+    assert {name: bytes_of(tmp_path / name / "out")} == whole
+
+
+@pytest.mark.slow
+def test_a_killed_rank_that_holds_rows_ends_the_others_and_the_run_goes_on(data, tmp_path):
+    processes = start(2, data, tmp_path, "ring", "4:4", MIREPRO_TEST_DIE="1:7")
+    (code, _, errors), (killed, *_) = finish(processes, 120)
+    assert (code, killed) == (2, -9)
+    assert errors.startswith("mirepro: rank 0: lost the other ranks")
+    assert finish(start(4, data, tmp_path, "ring", "4:4"))[0][:2] == (0, "resumed at 5\n")
+    assert bytes_of(tmp_path / "ring" / "out") == outputs(1, data, tmp_path / "whole", "ring", "4:4")["ring"]
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_divide_the_banks_blocks_are_refused(data, tmp_path):
+    for rank, (code, _, errors) in enumerate(finish(start(2, data, tmp_path, "ring", "4:3"))):
+        assert code == 2
+        words = "2 ranks cannot share pretrain.bank_shards 3 equally; start one of 1, 3"
+        assert errors.strip() == f"mirepro: rank {rank}: {words}"
 
 
 PARAMS = """

@@ -125,7 +125,7 @@ CHANGES: dict[str, tuple[str, str, str, str]] = {
                        "the metrics come out differently"),
     "another history": ("mirepro/pretrain.py", '"knn1_val": self.monitor.get("1-NN")', '"knn1_val": None',
                         "the recorded history of an epoch differs"),
-    "another file": ("mirepro/pretrain.py", "bank.rows.cpu().contiguous()", "(2 * bank.rows).cpu().contiguous()",
+    "another file": ("mirepro/pretrain.py", "bank.whole().cpu().contiguous()", "(2 * bank.whole()).cpu().contiguous()",
                      "bank.safetensors comes out differently"),
     "another parameter": ("params.yaml", "momentum: 0.9", "momentum: 0.8", "more than code has changed"),
 }  # fmt: skip

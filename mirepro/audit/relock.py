@@ -222,7 +222,7 @@ def _load(trainer: "Trainer", recorded: Path) -> None:
 
     trainer.model.load_state_dict(encoders.load(recorded / "encoder.safetensors").state_dict())
     for name, rows in load_file(recorded / "bank.safetensors").items():
-        trainer.banks[name].rows = rows.to(trainer.device)
+        trainer.banks[name].load(rows)
     lines = (recorded / "history.jsonl").read_text().splitlines()
     trainer.history = [safe.parse_json(line.encode(), "history.jsonl") for line in lines]
     trainer.chain = diff.read(recorded)

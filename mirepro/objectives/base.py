@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mirepro import ops
-from mirepro.bank import MemoryBank
 from mirepro.errors import UserError
 from mirepro.rng import Stream
 
 if TYPE_CHECKING:
+    from mirepro.banks import Bank
     from mirepro.encoders import Ensemble
 
 
@@ -37,7 +36,7 @@ class Query:
 
     Attributes:
         z: `(B, D)` anchors.
-        bank: `(N, D)` rows they are compared with.
+        bank: The N rows they are compared with.
         index: `(B,)` int64 own rows.
         modality: Whose bank it is.
         step: Where the run stands.
@@ -45,7 +44,7 @@ class Query:
     """
 
     z: Tensor
-    bank: Tensor
+    bank: "Bank"
     index: Tensor
     modality: str
     step: Step
@@ -54,7 +53,7 @@ class Query:
     @property
     def size(self) -> int:
         """N."""
-        return len(self.bank)
+        return self.bank.size
 
 
 @dataclass(frozen=True)
@@ -136,16 +135,15 @@ class Objective:
         """Parameters of the objective itself, trained with the encoder."""
         return []
 
-    def refresh(self, banks: Mapping[str, MemoryBank], epoch: int, seed: int) -> None:
+    def refresh(self, banks: Mapping[str, "Bank"], epoch: int, seed: int) -> None:
         """Called before each epoch."""
 
     def state(self) -> dict[str, Tensor]:
-        """What resuming needs beside parameters and banks."""
-        return {f"labels.{name}": value for name, value in self.labels.items()}
+        """What resuming needs beside parameters and banks; labels are made anew by `refresh`."""
+        return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restores `state`."""
-        self.labels = {name[7:]: value for name, value in state.items() if name.startswith("labels.")}
 
     def cap(self, size: int) -> float:
         """The largest estimate that k terms over a bank of `size` rows allow, nats."""
@@ -159,9 +157,8 @@ class Objective:
     def draw(self, q: Query, count: int) -> Tensor:
         """`(B, count)` int64 bank rows drawn uniformly from the region; the same variates in every direction."""
         low, high = self.region(q.size, q.step)
-        return ops.region_sample(
+        return q.bank.region_sample(
             q.z.detach(),
-            q.bank,
             low,
             high,
             count,
@@ -176,7 +173,7 @@ class Objective:
         )
 
     def exclusions(self, q: Query) -> dict[str, Any]:
-        """Further arguments of `ops.region_sample`: cluster mates to leave out."""
+        """Further arguments of `Bank.region_sample`: cluster mates to leave out."""
         del q
         return {}
 
@@ -188,20 +185,18 @@ class Objective:
     def terms(self, q: Query) -> Terms:
         """Loss and estimate of each anchor: `CE - log k` and its negative."""
         negatives = self.draw(q, self.k - 1)
-        ce = ops.gather_nce(q.z, q.bank, torch.cat([q.index[:, None], negatives], 1), self.tau)
+        ce = q.bank.gather_nce(q.z, torch.cat([q.index[:, None], negatives], 1), self.tau)
         loss = ce - math.log(self.k)
         return Terms(loss, -loss.detach() if self.claim != "no" and self.bounded else None, negatives)
 
-    def queries(
-        self, z: Mapping[str, Tensor], banks: Mapping[str, MemoryBank], index: Tensor, step: Step
-    ) -> list[Query]:
+    def queries(self, z: Mapping[str, Tensor], banks: Mapping[str, "Bank"], index: Tensor, step: Step) -> list[Query]:
         """One query per direction."""
-        return [Query(z[anchor], banks[other].rows, index, other, step) for anchor, other in self.pairs()]
+        return [Query(z[anchor], banks[other], index, other, step) for anchor, other in self.pairs()]
 
     def __call__(
         self,
         z: Mapping[str, Tensor],
-        banks: Mapping[str, MemoryBank],
+        banks: Mapping[str, "Bank"],
         index: Tensor,
         step: Step,
         labels: Tensor | None = None,
@@ -221,7 +216,7 @@ class Objective:
         estimates = [float(t.estimate.mean()) for t in terms if t.estimate is not None]
         return Output(loss, sum(estimates) / len(estimates) if len(estimates) == len(terms) else None)
 
-    def update(self, banks: Mapping[str, MemoryBank], z: Mapping[str, Tensor], index: Tensor) -> None:
+    def update(self, banks: Mapping[str, "Bank"], z: Mapping[str, Tensor], index: Tensor) -> None:
         """Writes the batch into the banks; after the loss and after backward."""
         for name in self.modalities:
             banks[name].update(index, z[name], self.momentum)

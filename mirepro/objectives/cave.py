@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mirepro import ops
 from mirepro.objectives.base import Query
 from mirepro.objectives.clusters import Clustered
 
@@ -21,5 +20,5 @@ class Cave(Clustered):
     def fallbacks(self, q: Query) -> float:
         """Share of anchors whose region is empty."""
         low, high = self.region(q.size, q.step)
-        sizes = ops.region_size(q.z.detach(), q.bank, low, high, own=q.index, **self.exclusions(q))
+        sizes = q.bank.region_size(q.z.detach(), low, high, own=q.index, **self.exclusions(q))
         return float((sizes == 0).double().mean())

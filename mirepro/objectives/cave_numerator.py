@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from mirepro import ops
 from mirepro.objectives.base import Query, Terms
 from mirepro.objectives.clusters import Clustered
 
@@ -16,6 +15,6 @@ class CaveNumerator(Clustered):
     def terms(self, q: Query) -> Terms:
         """See `Objective.terms`."""
         negatives = self.draw(q, self.k - 1)
-        others = torch.logsumexp(ops.gather_dot(q.z, q.bank, negatives) / self.tau, 1)
-        _, mates = ops.region_logsumexp(q.z, q.bank, 0, q.size, self.tau, own=q.index, labels=self.labels[q.modality])
+        others = torch.logsumexp(q.bank.gather_dot(q.z, negatives) / self.tau, 1)
+        _, mates = q.bank.region_logsumexp(q.z, 0, q.size, self.tau, own=q.index, labels=self.labels[q.modality])
         return Terms(torch.logaddexp(mates, others) - mates, None, negatives)

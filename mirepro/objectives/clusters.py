@@ -3,16 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from mirepro import kmeans
-from mirepro.bank import MemoryBank
+from mirepro.banks import Bank
 from mirepro.objectives.regions import Region
 
 
 @dataclass
 class Clustered(Region):
-    """Keeps `labels[modality]` `(C, N)`; they start as arange(N), so that C_i = {i}, and are refreshed every epoch."""
+    """Keeps `labels[modality]` `(C, n)` of the rows that this process holds, refreshed every epoch.
+
+    They start as the rows' numbers, so that C_i = {i}.
+    """
 
     n_clusterings: int = 3
     n_clusters: int = 200
@@ -24,10 +25,10 @@ class Clustered(Region):
         for key in ("n_clusterings", "n_clusters", "iterations"):
             self._require(getattr(self, key) >= 1, key, "1 or more")
 
-    def refresh(self, banks: Mapping[str, MemoryBank], epoch: int, seed: int) -> None:
+    def refresh(self, banks: Mapping[str, Bank], epoch: int, seed: int) -> None:
         """Clusters the banks anew; before the first epoch they hold noise, and every row stays its own cluster."""
         if epoch == 0:
-            self.labels = {name: torch.arange(bank.size, device=bank.rows.device)[None] for name, bank in banks.items()}
+            self.labels = {name: bank.numbers()[None] for name, bank in banks.items()}
             return
         self.labels = kmeans.clusterings(
             banks,

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mirepro import ops
 from mirepro.objectives.base import Objective, Query, Terms
 
 LEMNISCATE = 2.24556  # author code's constant: mean e^f for d = 128 and tau = 0.07
@@ -41,7 +40,7 @@ class IrNce(Objective):
     def terms(self, q: Query) -> Terms:
         """See `Objective.terms`; no estimate."""
         noise = self.draw(q, self.k)
-        f = ops.gather_dot(q.z, q.bank, torch.cat([q.index[:, None], noise], 1)) / self.tau
+        f = q.bank.gather_dot(q.z, torch.cat([q.index[:, None], noise], 1)) / self.tau
         log_p = f - self._log_z(q, f.detach())
         log_noise = math.log(self.k / q.size)
         total = torch.logaddexp(log_p, log_p.new_tensor(log_noise))

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mirepro import ops
 from mirepro.objectives.base import Query, Step, Terms
 from mirepro.objectives.clusters import Clustered
 from mirepro.objectives.ir_nce import IrNce
@@ -49,15 +48,15 @@ class La(Clustered):
         if q.step.epoch < self.warmup_epochs(q.step.total_epochs):
             return self.warmup.terms(q)
         low, high = self.region(q.size, q.step)
-        everything, mates = ops.region_logsumexp(
-            q.z, q.bank, low, high, self.tau, own=q.index, labels=self.labels[q.modality]
+        everything, mates = q.bank.region_logsumexp(
+            q.z, low, high, self.tau, own=q.index, labels=self.labels[q.modality]
         )
         if self.epsilon == 0:
             return Terms(everything - mates)
         return Terms(-torch.log(torch.exp(mates - everything) + self.epsilon))
 
     def state(self) -> dict[str, Tensor]:
-        """Labels and the warm-up's normaliser."""
+        """The warm-up's normaliser."""
         return self.warmup.state() | super().state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mirepro import ops
 from mirepro.bank import MemoryBank
+from mirepro.banks import Bank
 from mirepro.encoders import Ensemble
 from mirepro.objectives.base import Query, Step, Terms
 from mirepro.objectives.regions import Region
@@ -66,24 +66,22 @@ class Moco(Region):
             key = self.encoder.embed(views[1])["rgb"]
         return {**model.embed(views[0]), "key": key}
 
-    def queries(
-        self, z: Mapping[str, Tensor], banks: Mapping[str, MemoryBank], index: Tensor, step: Step
-    ) -> list[Query]:
+    def queries(self, z: Mapping[str, Tensor], banks: Mapping[str, Bank], index: Tensor, step: Step) -> list[Query]:
         """Anchors against the queue; without keys against the bank, as diagnostics of the final encoder do."""
         if "key" not in z:
             return super().queries(z, banks, index, step)
-        return [Query(z["rgb"], self.keys.rows, index, "rgb", step, z["key"].detach())]
+        return [Query(z["rgb"], self.keys, index, "rgb", step, z["key"].detach())]
 
     def terms(self, q: Query) -> Terms:
         """See `Objective.terms`; no estimate."""
         assert q.key is not None
         low, high = self.region(q.size, q.step)
         positive = (q.z * q.key).sum(1) / self.tau
-        negatives, _ = ops.region_logsumexp(q.z, q.bank, low, high, self.tau)
+        negatives, _ = q.bank.region_logsumexp(q.z, low, high, self.tau)
         return Terms(torch.logaddexp(positive, negatives) - positive - math.log(1 + high - low))
 
     @torch.no_grad()
-    def update(self, banks: Mapping[str, MemoryBank], z: Mapping[str, Tensor], index: Tensor) -> None:
+    def update(self, banks: Mapping[str, Bank], z: Mapping[str, Tensor], index: Tensor) -> None:
         """Writes the batch into bank and queue, the oldest keys give way; the key encoder follows the encoder."""
         super().update(banks, z, index)
         rows = torch.arange(self.start, self.start + len(index), device=index.device) % self.queue

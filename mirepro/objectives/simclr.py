@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from mirepro.bank import MemoryBank
+from mirepro.bank import WholeBank
+from mirepro.banks import Bank
 from mirepro.objectives.base import Objective, Query, Step, Terms
 
 if TYPE_CHECKING:
@@ -41,18 +42,17 @@ class Simclr(Objective):
         z, twin = model.embed(torch.cat(list(views)))["rgb"].chunk(2)
         return {"rgb": z, "twin": twin}
 
-    def queries(
-        self, z: Mapping[str, Tensor], banks: Mapping[str, MemoryBank], index: Tensor, step: Step
-    ) -> list[Query]:
+    def queries(self, z: Mapping[str, Tensor], banks: Mapping[str, Bank], index: Tensor, step: Step) -> list[Query]:
         """All 2B embeddings against themselves; without twins against the bank, as diagnostics of the end do."""
         if "twin" not in z:
             return super().queries(z, banks, index, step)
         both = torch.cat([z["rgb"], z["twin"]])
-        return [Query(both, both, torch.arange(len(both), device=both.device), "rgb", step)]
+        return [Query(both, WholeBank(both), torch.arange(len(both), device=both.device), "rgb", step)]
 
     def terms(self, q: Query) -> Terms:
         """See `Objective.terms`; no estimate."""
-        f = q.z @ q.bank.T / self.tau
-        positive = (q.z * q.bank.roll(q.size // 2, 0)).sum(1) / self.tau
+        both = q.bank.rows
+        f = q.z @ both.T / self.tau
+        positive = (q.z * both.roll(q.size // 2, 0)).sum(1) / self.tau
         others = f.masked_fill(torch.eye(q.size, dtype=torch.bool, device=f.device), -torch.inf)
         return Terms(torch.logsumexp(others, 1) - positive - math.log(q.size - 1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mirepro import rng
-from mirepro.bank import MemoryBank
+from mirepro.banks import Bank
 from mirepro.objectives.base import Objective, Output, Step
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Supervised(Objective):
     def __call__(
         self,
         z: Mapping[str, Tensor],
-        banks: Mapping[str, MemoryBank],
+        banks: Mapping[str, Bank],
         index: Tensor,
         step: Step,
         labels: Tensor | None = None,

@@ -1,0 +1,45 @@
+"""The banks of a run: whole on every rank, or spread over the ranks in blocks."""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mirepro.bank import MemoryBank, WholeBank
+from mirepro.bank_shards import ShardedBank
+from mirepro.params import RunParams
+from mirepro.ranks import World
+
+Bank = WholeBank | ShardedBank
+"""What is asked about rows, by all ranks alike; the answers are the same on all of them, but those per held row."""
+
+
+def create(run: RunParams, modalities: Sequence[str], size: int, world: World, device: torch.device) -> dict[str, Bank]:
+    """One bank per modality.
+
+    Args:
+        run: Gives seed, dimension and the number of blocks, 0 for whole banks.
+        modalities: Their names; the place decides the initial rows.
+        size: N.
+        world: The ranks that share the blocks.
+        device: Where the rows lie.
+
+    Raises:
+        UserError: The ranks cannot share the blocks.
+    """
+    dim, blocks = run.pretrain.encoder.dim, run.pretrain.bank_shards
+
+    def make(modality: int) -> Bank:
+        if blocks == 0:
+            return MemoryBank(size, dim, seed=run.seed, modality=modality, device=device)
+        return ShardedBank(size, dim, world=world, blocks=blocks, seed=run.seed, modality=modality, device=device)
+
+    return {name: make(modality) for modality, name in enumerate(modalities)}
+
+
+def nearest(z: Mapping[str, Tensor], banks: Mapping[str, Bank]) -> Tensor:
+    """`(B,)` int64: the row most similar to each query `(B, D)` by the sum of its scores in all modalities."""
+    joined = copy.copy(next(iter(banks.values())))
+    joined.rows = torch.cat([bank.rows for bank in banks.values()], 1)
+    return joined.neighbors(torch.cat(list(z.values()), 1), 1)[1][:, 0]
