@@ -146,11 +146,15 @@ class Trainer:
                     output = self.train_step(index)
                     bar.advance(batch, loss=float(output.loss.detach()), estimate=output.estimate, **self.monitor)
                 self.finish(epoch)
-                if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                if self._due(saved):
                     self.world.lead(checkpoint.save, work, fingerprint, self.tensors(), self.facts())
                     saved = time.monotonic()
         if self.total_steps == 0:
             self.calibrate()
+
+    def _due(self, saved: float) -> bool:
+        """Whether it is time for a checkpoint; one clock decides for all ranks, which collect their rows for it."""
+        return self.world.share(lambda: time.monotonic() - saved > CHECKPOINT_SECONDS)
 
     def batches(self, epoch: int) -> list[Tensor]:
         """`(B,)` int64 sample indices of each step; the incomplete last batch is left out."""
