@@ -134,6 +134,13 @@ def test_a_run_goes_on_with_another_number_of_ranks(name, before, after, data, t
     assert {name: bytes_of(tmp_path / name / "out")} == whole
 
 
+def test_two_ranks_that_share_the_bank_equal_one_process_and_whole_banks_differ(data, tmp_path):
+    pair = outputs(2, data, tmp_path / "2", "ring", "4:4")["ring"]
+    del pair["metrics.json"]
+    assert bytes_of(train(run("ring", shards=4, bank_shards=4), data, tmp_path / "4")) == pair
+    assert bytes_of(train(run("ring", shards=4), data, tmp_path / "0"))["bank.safetensors"] != pair["bank.safetensors"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("names", ["ir,ball,ring", "la,cave,cave_numerator", "cmc,cmc_ring,ir_nce", "moco_ring,simclr"])
 def test_ranks_that_share_the_bank_are_equal_to_the_byte(names, data, tmp_path):
