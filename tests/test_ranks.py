@@ -141,8 +141,13 @@ def test_two_ranks_that_share_the_bank_equal_one_process_and_whole_banks_differ(
     assert bytes_of(train(run("ring", shards=4), data, tmp_path / "0"))["bank.safetensors"] != pair["bank.safetensors"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("names", ["ir,ball,ring", "la,cave,cave_numerator", "cmc,cmc_ring,ir_nce", "moco_ring,simclr"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param("ball,la,cave,cave_numerator,cmc_ring", marks=pytest.mark.slow),
+        pytest.param("ir,ring,cmc,ir_nce,moco_ring,simclr", marks=pytest.mark.full),
+    ],
+)
 def test_ranks_that_share_the_bank_are_equal_to_the_byte(names, data, tmp_path):
     alone = outputs(1, data, tmp_path / "1", names, "4:4")
     assert outputs(2, data, tmp_path / "2", names, "4:4") == alone
@@ -159,8 +164,9 @@ def test_control_other_blocks_and_a_changed_row_of_a_rank_show(data, tmp_path):
     assert moved["chain.txt"].splitlines()[3] != four["chain.txt"].splitlines()[3]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["la", "cmc"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("la", marks=pytest.mark.slow), pytest.param("cmc", marks=pytest.mark.full)]
+)
 def test_a_run_goes_on_with_other_parts_of_the_bank(name, data, tmp_path):
     whole = outputs(1, data, tmp_path / "whole", name, "4:4")
     assert {code for code, *_ in finish(start(4, data, tmp_path, name, "4:4", 2))} == {0}
@@ -169,7 +175,7 @@ def test_a_run_goes_on_with_other_parts_of_the_bank(name, data, tmp_path):
     assert {name: bytes_of(tmp_path / name / "out")} == whole
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_killed_rank_that_holds_rows_ends_the_others_and_the_run_goes_on(data, tmp_path):
     processes = start(2, data, tmp_path, "ring", "4:4", MIREPRO_TEST_DIE="1:7")
     (code, _, errors), (killed, *_) = finish(processes, 120)
