@@ -24,10 +24,10 @@ class Gathered:
     Attributes:
         audited: What is audited.
         committed: The committed cells with the shares of their runs.
-        recomputed: Level 1.
         policy: How cells are judged.
         same_key: Whether equal bytes are promised between both machines.
         level: Of the audit.
+        recomputed: Level 1.
         plan: Stages chosen for re-runs.
         reruns: What came of them.
         missing: Why chosen stages could not be run.
@@ -37,10 +37,10 @@ class Gathered:
 
     audited: Audited
     committed: list[Cell]
-    recomputed: Recomputed
     policy: Policy
     same_key: bool
     level: int
+    recomputed: Recomputed = field(default_factory=Recomputed)
     plan: Plan = field(default_factory=lambda: Plan([]))
     reruns: Mapping[str, Rerun] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)

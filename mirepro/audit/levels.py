@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -170,22 +171,27 @@ def _gather(
     options: Options, audited: Audited, loaded: policy.Loaded, checks: list[Check], work: Path,
     say: Callable[[str], None],
 ) -> tuple[Gathered, list[dict[str, Any]]]:  # fmt: skip
-    """Levels 1 to 3."""
+    """Levels 1 to 3, at most `jobs` things at a time: no re-run waits for what level 1 finds."""
     walls = sandbox.find(options.trust_code)
-    say("level 1: tables, claims and report from the committed metrics")
-    box = _fresh_folder(work / "tables")
-    found = recompute.recompute(audited, box, walls)
-    checks += found.checks
     committed = _committed(audited)
     key = determinism.key(audited.profile.tier, audited.profile.threads)
     promised = committed_key(audited) == key["versions"] and audited.profile.tier == "portable"
-    gathered = Gathered(audited, committed, found, loaded.policy, promised, options.level)
+    gathered = Gathered(audited, committed, loaded.policy, promised, options.level)
     published = {cell.address: cell.values for cell in committed}
     policy.refuse(policy.check(loaded.policy, published, options.seeds or None), loaded.origin)
-    controls = [] if found.missing else [recompute.control(audited, _fresh_folder(work / "control"))]
-    if options.level >= 2:
-        controls += _again(options, gathered, walls, work, say)
-    return gathered, controls
+    say("level 1: tables, claims and report from the committed metrics")
+    with rerun.processors(options.jobs, walls) as pool:
+        first = pool.submit(_tables, audited, walls, work)
+        controls = _again(options, gathered, walls, work, say, pool) if options.level >= 2 else []
+        gathered.recomputed, seen = first.result()
+    checks += gathered.recomputed.checks
+    return gathered, seen + controls
+
+
+def _tables(audited: Audited, walls: Sandbox, work: Path) -> tuple[recompute.Recomputed, list[dict[str, Any]]]:
+    """Level 1 and its negative control."""
+    found = recompute.recompute(audited, _fresh_folder(work / "tables"), walls)
+    return found, [] if found.missing else [recompute.control(audited, _fresh_folder(work / "tables-control"))]
 
 
 def _committed(audited: Audited) -> list[cells.Cell]:
@@ -204,7 +210,7 @@ def _fresh_folder(path: Path) -> Path:
 
 
 def _again(
-    options: Options, gathered: Gathered, walls: Sandbox, work: Path, say: Callable[[str], None]
+    options: Options, gathered: Gathered, walls: Sandbox, work: Path, say: Callable[[str], None], pool: Executor
 ) -> list[dict[str, Any]]:
     """Re-runs the chosen stages in a box that survives a kill, and the negative control."""
     audited, level = gathered.audited, options.level
@@ -219,9 +225,10 @@ def _again(
     runner = rerun.Runner(audited, place / "box", profile, walls, same, place / "done", say)
     say(f"level {level}: {len(chosen.stages)} stages; sandbox: {walls.kind}")
     runner.data(audited.profile.values["datasets"])
-    gathered.reruns = runner.run(chosen, options.jobs)
+    perturbed = pool.submit(rerun.control, audited, _fresh_folder(work / "control"), chosen, level, runner)
+    gathered.reruns = runner.run(chosen, options.jobs, pool)
     evidence.merge(gathered, place / "box", _fresh_folder(work / "merged"))
-    seen = rerun.control(audited, _fresh_folder(work / "control"), chosen, level, runner)
+    seen = perturbed.result()
     return [] if seen is None else [seen]
 
 

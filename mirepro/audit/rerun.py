@@ -3,9 +3,9 @@
 import fnmatch
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -157,6 +157,18 @@ def missing(audited: Audited, stage: str, level: int) -> str:
     return f"{wanted} is not there (--remote)" if needed and not (audited.copy / wanted).is_dir() else ""
 
 
+@contextmanager
+def processors(jobs: int, sandbox: Sandbox) -> Iterator[Executor]:
+    """Threads for that many things at a time; when something fails, the others end and no further one begins."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            sandbox.end()
+            raise
+
+
 @dataclass
 class Runner:
     """Runs the chains of a plan and remembers what is finished, so that a killed audit goes on.
@@ -192,8 +204,8 @@ class Runner:
                 if outcome.code:
                     raise UserError(f"data {name}: {outcome.tail or outcome.code}; `mirepro data import` it first")
 
-    def run(self, chosen: Plan, jobs: int) -> dict[str, Rerun]:
-        """Runs everything; a failed stage ends its chain only.
+    def run(self, chosen: Plan, jobs: int, pool: Executor) -> dict[str, Rerun]:
+        """Runs everything in a pool of that many jobs; a failed stage ends its chain only.
 
         Stages of the judge's own code share one sandbox for each job; each stage of other code gets its own.
         """
@@ -216,14 +228,10 @@ class Runner:
                 if result.error:
                     return
 
-        with ThreadPoolExecutor(jobs) as pool, ExitStack() as workers:
+        with ExitStack() as workers:
             for _ in range(jobs):
                 free.put(workers.enter_context(Worker(self.sandbox, self.box, self.profile)))
-            try:
-                list(pool.map(chain, chosen.chains))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            list(pool.map(chain, chosen.chains))
         return results
 
     def _stage(self, worker: Worker, stage: str) -> Rerun:

@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 
 from mirepro import determinism
 from mirepro.errors import UserError
@@ -42,16 +43,26 @@ class Sandbox:
     Attributes:
         kind: `bubblewrap` or `none`.
         trusted: The auditor said that the source's code may run outside a sandbox.
+        live: Processes that run now.
+        ended: Set when no further one may begin.
     """
 
     kind: str
     trusted: bool = False
+    live: "set[subprocess.Popen[bytes]]" = field(default_factory=set, compare=False)
+    ended: Event = field(default_factory=Event, compare=False)
 
     def words(self) -> str:
         """For the report."""
         if self.kind == BUBBLEWRAP:
             return "bubblewrap: no network, no home, no view of the committed results, one writable folder"
         return "none: only this installation's own code ran" + (", or code the auditor trusted" * self.trusted)
+
+    def end(self) -> None:
+        """Kills whatever runs, in any thread, and lets nothing begin."""
+        self.ended.set()
+        for process in list(self.live):
+            _kill(self, process)
 
 
 def find(trust: bool) -> Sandbox:
@@ -106,10 +117,11 @@ def execute(
     try:
         output, _ = process.communicate(timeout=timeout)
     except BaseException as error:
-        _kill(process)
+        _kill(sandbox, process)
         if isinstance(error, subprocess.TimeoutExpired):
             return Outcome(124, f"stopped after {timeout:g} s")
         raise
+    sandbox.live.discard(process)
     lines = output.decode(errors="replace").strip().splitlines()
     return Outcome(process.returncode, "\n".join(line[:500] for line in lines[-8:]))
 
@@ -139,7 +151,7 @@ class Worker:
         """Ends the sandbox with whatever runs in it."""
         process, self._process = self._process, None
         if process is not None:
-            _kill(process)
+            _kill(self._place[0], process)
 
     def run(self, stage: str, timeout: float | None = None) -> Outcome:
         """Computes a stage, `kind` or `kind@key`, in at most `timeout` seconds."""
@@ -176,20 +188,25 @@ def _start(
     sandbox: Sandbox, box: Path, profile: Profile, words: list[str], own: bool
 ) -> "subprocess.Popen[bytes]":
     """Starts `python -m words` in a sandbox around the folder `box`."""
+    if sandbox.ended.is_set():
+        raise UserError(f"{' '.join(words)}: not begun; the audit has ended")
     command, environment = [sys.executable, "-m", *words], _environment(profile, OWN if own else box)
     if sandbox.kind == BUBBLEWRAP:
         readable = [OWN / "mirepro"] if own else []
         walls = _walls(str(shutil.which("bwrap")), [box], readable)
         sets = [part for name, value in environment.items() for part in ("--setenv", name, value)]
         command = [*walls, *sets, "--chdir", str(box), "--", *command]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=box, env=environment, stdin=subprocess.PIPE if own else subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
+    sandbox.live.add(process)
+    return process
 
 
-def _kill(process: "subprocess.Popen[bytes]") -> None:
+def _kill(sandbox: Sandbox, process: "subprocess.Popen[bytes]") -> None:
     """Ends a process with its group and waits for it."""
+    sandbox.live.discard(process)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -17,6 +17,7 @@ from mirepro.encoders import Ensemble
 from mirepro.errors import UserError
 from mirepro.params import EvaluateParams, ViewParams
 from mirepro.transfer import knn, linear
+from mirepro.transfer.frozen import freeze
 
 KINDS = ("flat", "pool")
 
@@ -81,7 +82,7 @@ def evaluate(
         The metrics document.
     """
     check(params)
-    model = encoders.load(pretrained / "encoder.safetensors")
+    model = freeze(encoders.load(pretrained / "encoder.safetensors"))
     splits = {name: shards.open(data_folder, name) for name in ("train", "val", "test")}
     size = params.views.size
     images = {name: Images(split, torch.get_num_threads()) for name, split in splits.items()}
