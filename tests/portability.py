@@ -104,7 +104,20 @@ class Miniature:
         for stage, document in (("pretrain", first), ("evaluate", second)):
             files.write_json(self.root / f"metrics/mini/{stage}/{row}.json", document)
         made = {"pretrain": sha(files.dump_json(first).encode()), "evaluate": sha(files.dump_json(second).encode())}
-        return folder(trained) | folder(evaluated) | made
+        return folder(trained) | folder(evaluated) | made | {"features": self._features(trained)}
+
+    def _features(self, trained: Path) -> str:
+        """What the frozen encoder makes of the validation images; accuracies alone would hide a last bit."""
+        from mirepro import encoders, views
+        from mirepro.data import shards
+        from mirepro.data.images import Images
+        from mirepro.transfer.evaluate import features
+        from mirepro.transfer.frozen import freeze
+
+        model = freeze(encoders.load(trained / "encoder.safetensors"))
+        images = Images(shards.open(self.root / "data/desk", "val"))
+        found = features(model, images, lambda rgb, _: views.plain(rgb, VIEWS["size"]))
+        return sha(files.dump_json(determinism.digests(found)).encode())
 
     def _pretrain(self, row: str) -> Any:
         from mirepro.params import EncoderParams, OptimParams, PretrainParams, ViewParams
