@@ -17,7 +17,7 @@ from cluster import until
 
 from benchmarks.harness import AVX2
 from mirepro import codelocks
-from mirepro.audit import levels, output, sandbox
+from mirepro.audit import levels, output, rerun, sandbox
 from mirepro.audit.levels import Options
 from mirepro.errors import UserError
 
@@ -221,3 +221,43 @@ def test_killed_and_continued(project: Project, root: Path, tmp_path: Path) -> N
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert recorded in report["stages"]
     assert len(report["stages"]) == 3
+
+
+def working(folder: Path) -> list[str]:
+    """Command lines of the processes that work in a folder."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (place / "cwd").readlink().is_relative_to(folder):
+                found.append((place / "cmdline").read_text().replace("\0", " "))
+    return found
+
+
+def test_interrupted_audit_ends_what_runs_beside(project: Project, root: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches the head alone; level 1, the negative control and the re-runs end with it, at once."""
+    command = [sys.executable, "-m", "mirepro", "audit", str(project.root), "-o", "out", "--level", "3", "--jobs", "2"]
+    env = os.environ | {"PYTHONPATH": str(root)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
+    until(lambda: len(working(tmp_path / "out/work")) > 1, 120, "stages of the audit")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) != 0
+    until(lambda: not working(tmp_path), 10, "the end of all processes")
+    assert not (tmp_path / "out/report.json").exists()
+
+
+@pytest.mark.parametrize("ended", [True, pytest.param(False, id="control")])
+def test_a_failure_ends_what_runs_beside(project: Project, tmp_path: Path, ended: bool) -> None:
+    """Control: without it the failure waits for the end of what runs beside it."""
+    (tmp_path / "mirepro").mkdir()
+    (tmp_path / "mirepro/__main__.py").write_text("import time\nopen('begun', 'w').close()\ntime.sleep(8)\n")
+    walls, begun = sandbox.find(False), tmp_path / "begun"
+    if not ended:
+        object.__setattr__(walls, "end", lambda: None)
+    with suppress(UserError), rerun.processors(2, walls) as pool:
+        beside = pool.submit(sandbox.execute, walls, tmp_path, project.profile, "toy", own=False)
+        until(begun.exists, 30, "the stage beside")
+        raise UserError("broken")
+    assert (beside.result().code == 0) != ended
+    if ended:
+        with pytest.raises(UserError, match="has ended"):
+            sandbox.execute(walls, tmp_path, project.profile, "toy", own=False)
