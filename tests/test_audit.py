@@ -53,9 +53,19 @@ def test_untouched_is_reproduced(good: tuple[Path, Path], project: Project) -> N
     assert [name for name, state in states(report).items() if state == "not checked"] == ["signature"]
     assert {cell["verdict"] for cell in report["cells"]} == {"EXACT"}
     assert {cell["level"] for cell in report["cells"]} == {1}
-    assert report["controls"][0]["differs"]
+    assert [(control["level"], control["differs"]) for control in report["controls"]] == [(0, True), (1, True)]
     assert report["source"]["changed"] == []
     assert not list(project.root.glob(".mirepro"))
+
+
+def test_level_0_has_a_control(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One changed bit has to be found; a check of digests that finds nothing makes the audit inconclusive."""
+    report = audit(project.root, tmp_path / "good", 0)
+    assert [(control["level"], control["differs"]) for control in report["controls"]] == [(0, True)]
+    assert report["verdict"] == "REPRODUCED"
+    blind = lambda audited, kind: levels.Check("outputs", "pass", "nothing looked at")  # noqa: E731
+    monkeypatch.setattr(levels.integrity, "digests", blind)
+    assert audit(project.root, tmp_path / "blind", 0)["verdict"] == "INCONCLUSIVE"
 
 
 def test_nothing_is_written_to_the_source(project: Project, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from cluster import until
 
 from benchmarks.harness import AVX2
 from mirepro import codelocks
-from mirepro.audit import levels, output, rerun, sandbox
+from mirepro.audit import boxes, control, levels, output, rerun, sandbox
 from mirepro.audit.levels import Options
 from mirepro.errors import UserError
 
@@ -61,8 +61,8 @@ def test_evaluated_again(project: Project, tmp_path: Path) -> None:
     report = audit(project.root, tmp_path / "out", 2, select=("evaluate@ir-s0", "evaluate@ball-s1"), jobs=2)
     assert report["verdict"] == "REPRODUCED", report["why"]
     assert [(s["metrics_identical"], s["outputs_identical"], s["own"]) for s in report["stages"]] == [(True,) * 3] * 2
-    assert [control["differs"] for control in report["controls"]] == [True, True]
-    assert "linear_flat" in report["controls"][1]["where"]
+    assert [control["differs"] for control in report["controls"]] == [True, True, True]
+    assert "linear_flat" in report["controls"][2]["where"]
     cell = cells(report)["knn_1"]
     assert (cell["level"], cell["rerun"], cell["runs"]) == (2, 1, 3)
     assert cells(report)["estimate"]["level"] == 1
@@ -186,6 +186,78 @@ def test_hostile_code(forged: Project, tmp_path: Path) -> None:
     nowhere = sandbox.Sandbox(sandbox.NONE)
     with pytest.raises(UserError, match="--trust-code"):
         sandbox.execute(nowhere, tmp_path, forged.profile, stage["stage"], own=False)
+
+
+LINKING = """
+
+def evaluate(*arguments):
+    import os, pathlib, shutil
+    box = pathlib.Path.cwd()
+    for kind in ("metrics", "runs"):
+        place = box / kind / "desk/evaluate"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+        os.symlink({copy!r} + f"/{{kind}}/desk/evaluate", place)
+    os._exit(0)
+"""
+TREE = """
+
+def toy(*arguments, **options):
+    import json, os, pathlib
+    for path in pathlib.Path.cwd().rglob("evaluate/*.json"):
+        path.write_text("{}")
+    for path in (pathlib.Path.cwd() / "data").rglob("*.tar"):
+        path.write_bytes(b"")
+    place = pathlib.Path.cwd() / "metrics/desk/evaluate"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "ir-s0.json").write_text("{}")
+    os.write(1, b"x" * 10_000_000)
+    os._exit(3)
+"""
+
+
+def rewritten(project: Project, module: str, text: str) -> None:
+    """Appends code to a module of the source and makes everything fit together again."""
+    path = project.root / module
+    path.write_text(path.read_text() + text)
+    codelocks.write(project.root, "desk", ["ball", "ir"])
+    project.publish()
+
+
+@pytest.mark.parametrize("checked", [True, pytest.param(False, id="control")])
+def test_results_that_are_links(
+    forged: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """Code that shows the committed files as its results has failed; where links were followed it would be EXACT."""
+    if not checked:
+        monkeypatch.setattr(boxes.Path, "is_symlink", lambda self: False)
+    out = tmp_path / "out"
+    rewritten(forged, "mirepro/transfer/evaluate.py", LINKING.format(copy=str(out / "work/copy")))
+    report = audit(forged.root, out, 2, select=ONE)
+    (stage,) = report["stages"]
+    assert stage["metrics_identical"] != checked
+    assert ("links are never followed" in stage["error"]) == checked
+    assert (cells(report)["linear_flat"]["verdict"] == "FAILED") == checked
+
+
+def test_one_stage_cannot_reach_another(forged: Project, tmp_path: Path) -> None:
+    """What a stage of foreign code writes beside its own results is lost, and of what it prints the end is kept."""
+    rewritten(forged, "mirepro/toy.py", TREE)
+    report = audit(forged.root, tmp_path / "out", 2, select=(*ONE, "toy"))
+    found = {stage["stage"]: stage for stage in report["stages"]}
+    assert (found["evaluate@ir-s0"]["own"], found["toy"]["own"]) == (True, False)
+    assert cells(report)["linear_flat"]["verdict"] == "EXACT"
+    assert set(found["toy"]["error"]) == {"x"}
+    assert len(found["toy"]["error"]) == 500
+
+
+def test_a_control_without_evaluations(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A re-run of the toy has a negative control too; where nothing can be perturbed, nothing was shown."""
+    report = audit(project.root, tmp_path / "out", 2, select=("toy",))
+    assert [(seen["level"], seen["differs"]) for seen in report["controls"]] == [(0, True), (1, True), (2, True)]
+    monkeypatch.setattr(control, "_twins", lambda *_: None)
+    report = audit(project.root, tmp_path / "out", 2, select=("toy",))
+    assert (report["verdict"], report["controls"][-1]["differs"]) == ("INCONCLUSIVE", False)
 
 
 def test_other_code_with_equal_results(forged: Project, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from mirepro import files, profiles
-from mirepro.audit import integrity
+from mirepro.audit import integrity, safe
 from mirepro.audit.sandbox import OWN
 from mirepro.errors import UserError
 from mirepro.profiles import Profile
@@ -21,7 +21,26 @@ def put(copy: Path, box: Path, names: Iterable[str]) -> None:
         if target.exists() or not source.exists():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
+        shutil.copytree(source, target, symlinks=True) if source.is_dir() else shutil.copyfile(source, target)
+
+
+def take(room: Path, box: Path, names: Iterable[str]) -> None:
+    """Moves results that foreign code left in its room, files or folders of files, to their places in the box.
+
+    Raises:
+        UserError: A link, a device or a pipe at or above any of them; the code could show other files as its results.
+    """
+    for name in names:
+        for place in [*reversed(Path(name).parents), Path(name)]:
+            if (room / place).is_symlink():
+                raise UserError(f"{place}: refused; links are never followed")
+        source, target = room / name, box / name
+        found = list(safe.walk(source)) if source.is_dir() else [source] * source.exists()
+        shutil.rmtree(target, ignore_errors=True)
+        for path in found:
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            files.write_bytes(place, safe.regular(path))
 
 
 def base(copy: Path, box: Path, profile: Profile, sets: Iterable[str]) -> Profile:

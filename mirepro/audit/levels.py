@@ -15,6 +15,7 @@ from typing import Any
 from mirepro import determinism, environment, files
 from mirepro.audit import (
     cells,
+    control,
     evidence,
     integrity,
     policy,
@@ -112,9 +113,10 @@ def audit(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
     checks += [*integrity.checks(audited, OWN, committed_locks), relock.check(audited)]
     facts = {"source": taken.facts | {"sha256": tree_digest(audited)}, "policy": policy.plain(loaded)}
     gathered = None
-    controls: list[dict[str, Any]] = []
+    controls = [control.byte(audited, work)]
     if options.level:
-        gathered, controls = _gather(options, audited, loaded, checks, work, say)
+        gathered, seen = _gather(options, audited, loaded, checks, work, say)
+        controls += seen
     report = assemble(options, audited, facts, checks, gathered, controls, work)
     shutil.rmtree(work)
     return report
@@ -225,11 +227,10 @@ def _again(
     runner = rerun.Runner(audited, place / "box", profile, walls, same, place / "done", say)
     say(f"level {level}: {len(chosen.stages)} stages; sandbox: {walls.kind}")
     runner.data(audited.profile.values["datasets"])
-    perturbed = pool.submit(rerun.control, audited, _fresh_folder(work / "control"), chosen, level, runner)
+    perturbed = pool.submit(control.again, audited, _fresh_folder(work / "control"), chosen, level, runner)
     gathered.reruns = runner.run(chosen, options.jobs, pool)
     evidence.merge(gathered, place / "box", _fresh_folder(work / "merged"))
-    seen = perturbed.result()
-    return [] if seen is None else [seen]
+    return [perturbed.result()]
 
 
 def _place(options: Options, audited: Audited, work: Path) -> Path:

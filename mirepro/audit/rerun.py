@@ -1,7 +1,7 @@
 """Levels 2 and 3: evaluations, or pretraining too, are run again in a box that does not hold the committed results."""
 
 import fnmatch
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -16,13 +16,11 @@ from mirepro import diff, files, params
 from mirepro.audit import boxes, safe, source
 from mirepro.audit.cells import Cell
 from mirepro.audit.integrity import Audited
-from mirepro.audit.sandbox import Sandbox, Worker, execute
+from mirepro.audit.sandbox import Outcome, Sandbox, Worker, execute
 from mirepro.errors import UserError
 from mirepro.profiles import Profile
 
 SECONDS = 12 * 3600.0
-PERTURBED = 1000
-"""Added to a seed for the negative control."""
 
 
 @dataclass(frozen=True)
@@ -240,10 +238,7 @@ class Runner:
             return params.build(Rerun, files.read_json(record), record.name)
         own = own_code(stage, self.profile, self.same)
         started = time.monotonic()
-        if own:
-            outcome = worker.run(stage, SECONDS)
-        else:
-            outcome = execute(self.sandbox, self.box, self.profile, stage, own, SECONDS)
+        outcome = worker.run(stage, SECONDS) if own else _apart(self.sandbox, self.box, self.profile, stage)
         seconds = round(time.monotonic() - started, 2)
         if outcome.code:
             return Rerun(stage, own, seconds, outcome.tail or f"exit {outcome.code}")
@@ -252,10 +247,43 @@ class Runner:
         return result
 
 
+def compute(sandbox: Sandbox, box: Path, profile: Profile, stage: str, same: Mapping[str, bool]) -> Outcome:
+    """Runs one stage on a box, by the judge's own code where that is the audited one."""
+    if own_code(stage, profile, same):
+        return execute(sandbox, box, profile, stage, own=True, timeout=SECONDS)
+    return _apart(sandbox, box, profile, stage)
+
+
+def _apart(sandbox: Sandbox, box: Path, profile: Profile, stage: str) -> Outcome:
+    """Runs a stage of the source's code in a room of its own, which nothing but this stage's results leaves.
+
+    So it can neither change what others are given nor what they have found.
+    """
+    name, run, (metrics, outputs) = profile.name, _pretrained(profile, stage), results(profile, stage)
+    given = ["params.yaml", str(profile.path.relative_to(profile.root)), f"locks/{name}", "mirepro"]
+    given += [f"data/{data}" for data in profile.values["datasets"]]
+    given += [] if stage.startswith("pretrain@") else [f"runs/{name}/pretrain/{run}"]
+    with tempfile.TemporaryDirectory(prefix="room-", dir=box.parent) as folder:
+        room = Path(folder)
+        boxes.put(box, room, given)
+        outcome = execute(sandbox, room, profile, stage, own=False, timeout=SECONDS)
+        if not outcome.code:
+            try:
+                boxes.take(room, box, (metrics, outputs))
+            except UserError as error:
+                return Outcome(1, str(error))
+    return outcome
+
+
+def results(profile: Profile, stage: str) -> tuple[str, str]:
+    """A stage's metrics file and its folder of outputs."""
+    place = f"{profile.name}/{stage.replace('@', '/')}"
+    return f"metrics/{place}.json", f"runs/{place}"
+
+
 def compare(audited: Audited, box: Path, stage: str, own: bool, seconds: float) -> Rerun:
     """A finished stage's metrics and outputs against the committed ones."""
-    place = f"{audited.name}/{stage.replace('@', '/')}"
-    metrics, outputs = f"metrics/{place}.json", f"runs/{place}"
+    metrics, outputs = results(audited.profile, stage)
     old, new = audited.copy / metrics, box / metrics
     same = old.is_file() and new.is_file() and old.read_bytes() == new.read_bytes()
     if not new.is_file():
@@ -288,53 +316,3 @@ def _first(audited: Audited, box: Path, outputs: str, metrics: str, same: bool) 
 
 def _equal(a: Path, b: Path) -> bool:
     return a.is_file() and b.is_file() and a.read_bytes() == b.read_bytes()
-
-
-def control(audited: Audited, box: Path, chosen: Plan, level: int, runner: Runner) -> dict[str, Any] | None:
-    """Negative control: one evaluation of another checkpoint, or one training with another seed, must differ.
-
-    Returns:
-        What was done and seen; None where the plan has nothing to perturb.
-    """
-    twins = _twins(audited, chosen)
-    if not twins:
-        return None
-    run_name, other = twins
-    profile = boxes.base(audited.copy, box, audited.profile, {audited.profile.values["evaluate"]["data"],
-                                                             audited.profile.values["pretrain"]["data"]})  # fmt: skip
-    boxes.put(runner.box, box, [f"data/{name}/shards" for name in audited.profile.values["datasets"]])
-    stages = [f"evaluate@{run_name}"]
-    if level >= 3:
-        seed = profile.runs[run_name].seed + PERTURBED
-        profile = boxes.set_parameters(box, profile, {"runs": {run_name: {"seed": seed}}})
-        stages.insert(0, f"pretrain@{run_name}")
-        what = f"{run_name} trained and evaluated with seed {seed}"
-    else:
-        folder = f"runs/{audited.name}/pretrain"
-        shutil.copytree(audited.copy / folder / other, box / folder / run_name, dirs_exist_ok=True)
-        what = f"{run_name} evaluated with the checkpoint of {other}"
-    if not all(own_code(stage, profile, runner.same) for stage in stages) and not (box / "mirepro").exists():
-        boxes.add_code(audited.copy, box)
-    for stage in stages:
-        runner.say(f"negative control: {stage}")
-        outcome = execute(runner.sandbox, box, profile, stage, own_code(stage, profile, runner.same), SECONDS)
-        if outcome.code:
-            return {"level": level, "what": what, "differs": False, "where": [outcome.tail]}
-    name = f"metrics/{audited.name}/evaluate/{run_name}.json"
-    theirs, ours = (safe.read_json(root / name)["cells"] for root in (audited.copy, box))
-    where = sorted(column for column in theirs if theirs[column] != ours.get(column))
-    return {"level": level, "what": what, "differs": bool(where), "where": where}
-
-
-def _twins(audited: Audited, chosen: Plan) -> tuple[str, str] | None:
-    """An evaluated run and another run of its row (else any other) whose checkpoint is there."""
-    folder = audited.copy / "runs" / audited.name / "pretrain"
-    runs = [stage.partition("@")[2] for stage in chosen.stages if stage.startswith("evaluate@")]
-    rows = audited.profile.runs
-    for run in (run for run in runs if run in rows):
-        others = sorted((name for name in rows if name != run), key=lambda name: rows[name].row != rows[run].row)
-        present = [name for name in others if (folder / name).is_dir()]
-        same_row = [name for name in others[:1] if rows[name].row == rows[run].row]
-        if present or same_row:
-            return run, (present or same_row)[0]
-    return None

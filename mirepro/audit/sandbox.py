@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,10 @@ OWN = Path(__file__).resolve().parents[2]
 """The root of the judge's installation."""
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/alternatives")
 BUBBLEWRAP, NONE = "bubblewrap", "none"
+FILE_BYTES = 8 << 30
+"""The largest file that code of the source may write."""
+TAIL = 1 << 16
+"""Bytes kept of what it prints."""
 LIMITS = ("MIREPRO_ISA", "MKL_ENABLE_INSTRUCTIONS")
 """Instruction sets that the auditor restricts stages to; the tier's own variables count before them."""
 
@@ -115,15 +120,26 @@ def execute(
     process = _start(sandbox, box, profile, ["mirepro", "stage", kind, *([key] if key else []), "--profile",
                                              profile.name], own=False)  # fmt: skip
     try:
-        output, _ = process.communicate(timeout=timeout)
-    except BaseException as error:
+        output = _listen(process, timeout)
+        code = 124 if output is None else process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        code, output = 124, None
+    finally:
         _kill(sandbox, process)
-        if isinstance(error, subprocess.TimeoutExpired):
-            return Outcome(124, f"stopped after {timeout:g} s")
-        raise
-    sandbox.live.discard(process)
-    lines = output.decode(errors="replace").strip().splitlines()
-    return Outcome(process.returncode, "\n".join(line[:500] for line in lines[-8:]))
+    lines = (f"stopped after {timeout:g} s" if output is None else output.decode(errors="replace")).strip().splitlines()
+    return Outcome(code, "\n".join(line[:500] for line in lines[-8:]))
+
+
+def _listen(process: "subprocess.Popen[bytes]", timeout: float | None) -> bytes | None:
+    """The end of what a process writes, however much that is; None where it goes on for longer than `timeout` s."""
+    assert process.stdout is not None
+    kept, end = b"", None if timeout is None else time.monotonic() + timeout
+    while select.select([process.stdout], [], [], None if end is None else max(0.0, end - time.monotonic()))[0]:
+        piece = os.read(process.stdout.fileno(), TAIL)
+        if not piece:
+            return kept
+        kept = (kept + piece)[-TAIL:]
+    return None
 
 
 class Worker:
@@ -194,14 +210,20 @@ def _start(
     if sandbox.kind == BUBBLEWRAP:
         readable = [OWN / "mirepro"] if own else []
         walls = _walls(str(shutil.which("bwrap")), [box], readable)
+        bounds = [] if own else ["prlimit", f"--fsize={FILE_BYTES}", f"--data={_memory()}", "--core=0", "--"]
         sets = [part for name, value in environment.items() for part in ("--setenv", name, value)]
-        command = [*walls, *sets, "--chdir", str(box), "--", *command]
+        command = [*walls, *sets, "--chdir", str(box), "--", *bounds, *command]
     process = subprocess.Popen(
         command, cwd=box, env=environment, stdin=subprocess.PIPE if own else subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     sandbox.live.add(process)
     return process
+
+
+def _memory() -> int:
+    """Bytes that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _kill(sandbox: Sandbox, process: "subprocess.Popen[bytes]") -> None:
