@@ -189,12 +189,21 @@ HOSTILE = {
     "a lock that climbs": lambda root: selftest.swap(root / "dvc.lock", r"path: metrics/desk/toy", "path: ../../toy"),
     "a run that climbs": lambda root: selftest.swap(root / "params.yaml", r"ir-s0:", "../../ir-s0:"),
     "a root that climbs": lambda root: selftest.swap(root / "params.yaml", r"root: \.", "root: ../../.."),
+    "a lock whose inputs are a number":
+        lambda root: selftest.swap(root / "dvc.lock", r"deps:\n.*\n.*\n.*\n", "deps: 5\n"),
+    "a lock whose parameters are a list":
+        lambda root: selftest.swap(root / "dvc.lock", r"params:\n.*\n +tier: portable\n", "params: [1]\n"),
+    "a lock whose parameters are a list in a file": lambda root: selftest.swap(
+        root / "dvc.lock", r"params:\n.*\n +tier: portable\n", "params: {params.yaml: [1]}\n"),
+    "a lock whose parameter is a number":
+        lambda root: selftest.swap(root / "dvc.lock", r"tier: portable\n", "5: portable\n"),
     "a data set that climbs": lambda root: selftest.swap(root / "params.yaml", r"- desk", "- ../desk"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_sources_are_refused(copy: Path, tmp_path: Path, name: str) -> None:
+    """Whatever is not refused ends in Python's own exit code 1, which says that the result diverged."""
     HOSTILE[name](copy)
     with pytest.raises(UserError, match=r"refused|no path"):
         audit(copy, tmp_path / "out")
@@ -220,6 +229,37 @@ def test_commands_of_the_source_are_never_run(copy: Path, tmp_path: Path) -> Non
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("wish", ["GIT_NO_LAZY_FETCH", "GIT_ALLOW_PROTOCOL"])
+def test_lazy_fetches_run_nothing(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wish: str) -> None:
+    """git would fetch an object that lacks by the program which a partial clone's configuration names.
+
+    Each of the two variables is enough, whatever the configuration allows; without both the command runs.
+    """
+    mark, git = tmp_path / "was-here", ["git", "-C", str(copy)]
+    tree = subprocess.run([*git, "rev-parse", "HEAD:metrics"], capture_output=True, text=True, check=True).stdout
+    (copy / ".git" / "objects" / tree[:2] / tree[2:].strip()).unlink()
+    with (copy / ".git" / "config").open("a") as file:
+        file.write(
+            '[core]\nrepositoryformatversion = 1\n[extensions]\npartialClone = x\n[protocol "file"]\nallow = always\n'
+            f'[remote "x"]\npromisor = true\nurl = file://{copy}\nuploadpack = touch {mark}; git-upload-pack\n'
+        )
+    run = subprocess.run
+
+    def one(command: list[str], **options: Any) -> Any:
+        options["env"] = {name: value for name, value in options["env"].items() if name in (wish, "PATH")}
+        return run(command, **options)
+
+    monkeypatch.setattr(source.subprocess, "run", one)
+    for what in (copy, f"{copy}@HEAD"):
+        with pytest.raises(UserError, match="git "):
+            audit(what, tmp_path / "out")
+    assert not mark.exists()
+    monkeypatch.setattr(source.subprocess, "run", lambda command, **options: run(command, **options | {"env": None}))
+    with pytest.raises(UserError, match="git "):
+        audit(copy, tmp_path / "out")
+    assert mark.exists()
+
+
 def test_html_is_escaped(good: tuple[Path, Path]) -> None:
     report = json.loads((good[0] / "report.json").read_text())
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -236,7 +276,7 @@ def test_html_is_escaped(good: tuple[Path, Path]) -> None:
 
 def test_page_is_self_contained(good: tuple[Path, Path]) -> None:
     text = (good[0] / "report.html").read_text()
-    for word in ("http://", "https://", "<link rel=\"stylesheet", "<script", "@import", "url("):
+    for word in ("http://", "https://", '<link rel="stylesheet', "<script", "@import", "url("):
         assert word not in text, word
     assert "REPRODUCED" in text
 

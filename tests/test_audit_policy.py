@@ -90,10 +90,14 @@ def test_a_rule_for_nothing(tmp_path: Path) -> None:
         ("[" * 30_000, "strict JSON"),
         ("[" * 60 + "]" * 60, "nested deeper"),
         ("1" * 5000, "strict JSON"),
+        ('{"a": 1e999}', "1e999 is no number"),
+        ("-" + "1" * 400, "more than 20 digits"),
+        ('["\\uD800"]', "strict JSON"),
         ("\ud800".encode("utf-16", "surrogatepass").decode("latin1"), "strict JSON"),
     ],
 )
 def test_hostile_json(tmp_path: Path, text: str, message: str) -> None:
+    """Infinite numbers, integers beyond floating point and half characters would be read, but could not be written."""
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=message):
         safe.read_json(tmp_path / "x.json")

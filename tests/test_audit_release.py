@@ -126,6 +126,13 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int |
     return facts
 
 
+def sparse(name: str, size: int) -> tarfile.TarInfo:
+    """A plain file by its type that says it is much larger than what is stored."""
+    facts = member(name)
+    facts.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(size)}
+    return facts
+
+
 HOSTILE = {
     "a climbing member": [member("../x")],
     "an absolute member": [member("/tmp/mirepro-x")],
@@ -137,13 +144,18 @@ HOSTILE = {
     "a pipe": [member("files", tarfile.FIFOTYPE)],
     "a name twice": [member("x"), member("x")],
     "a file below a file": [member("x"), member("x/y")],
+    "a tar bomb": [sparse("x", 1 << 24)],
     "too large a file": [member("x", size=1 << 40)],
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_archives_are_refused(tmp_path: Path, name: str) -> None:
-    blocks = [facts.tobuf(tarfile.GNU_FORMAT) + bytes([120] + [0] * 511) * (facts.size > 0) for facts in HOSTILE[name]]
+    """Without the refusal of sparse files a tar of 10 kB fills the disk."""
+    formats = [tarfile.PAX_FORMAT if facts.pax_headers else tarfile.GNU_FORMAT for facts in HOSTILE[name]]
+    headers = [facts.tobuf(form) for facts, form in zip(HOSTILE[name], formats, strict=True)]
+    bodies = [bytes([120] + [0] * 511) * (facts.size > 0) for facts in HOSTILE[name]]
+    blocks = [part for pair in zip(headers, bodies, strict=True) for part in pair]
     (tmp_path / "x.tar").write_bytes(b"".join(blocks) + bytes(1024))
     with pytest.raises(UserError, match=r"refused|no path|not a tar file"):
         archive.unpack(tmp_path / "x.tar", tmp_path / "in" / "folder")

@@ -44,7 +44,7 @@ def unpack(archive: Path, folder: Path) -> None:
         with tarfile.open(archive, "r:") as tar:
             for count, member in enumerate(tar):
                 name = safe.inside(member.name, str(archive))
-                if member.type != tarfile.REGTYPE:
+                if member.type != tarfile.REGTYPE or _sparse(member):
                     raise UserError(f"{archive}: {name}: refused; a release holds plain files only")
                 total += member.size
                 source.bounded(Path(name), member.size, total, count)
@@ -56,3 +56,8 @@ def unpack(archive: Path, folder: Path) -> None:
                     shutil.copyfileobj(content, file, 1 << 20)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{archive}: not a tar file, or a damaged one ({error}); fetch it again") from error
+
+
+def _sparse(member: tarfile.TarInfo) -> bool:
+    """Whether a member says that it is larger than what is stored; it bears the type of a plain file."""
+    return member.issparse() or any(key.startswith("GNU.sparse") for key in member.pax_headers)

@@ -80,6 +80,7 @@ def make(root: Path, profile: Profile) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: A metrics file is missing or malformed.
     """
+    _readable(root / "metrics" / profile.name)
     layout = profile.values["tables"]
     values = published.read(root / "published" / f"{profile.name}.csv")
     made = {name: tables.make(root, profile.name, layout, name, values) for name in tables.TITLES}
@@ -92,6 +93,7 @@ def collect(root: Path, profile: Profile, made: Mapping[str, Mapping[str, Any]])
     Raises:
         UserError: A metrics file is missing or malformed.
     """
+    _readable(root / "metrics" / profile.name)
     layout = profile.values["tables"]
     cells = []
     memo: dict[str, dict[str, Any]] = {}
@@ -106,6 +108,16 @@ def collect(root: Path, profile: Profile, made: Mapping[str, Mapping[str, Any]])
             parts = tuple(_part(root, profile, table, run, column, memo) for run in runs)
         cells.append(Cell(address, content, parts))
     return cells
+
+
+def _readable(folder: Path) -> None:
+    """Reads metrics with suspicion, as `mirepro.report` does not, which takes them for its own.
+
+    Raises:
+        UserError: One is no strict JSON; a number beyond all bounds could not be judged or written.
+    """
+    for path in safe.walk(folder) if folder.is_dir() else ():
+        safe.read_json(path)
 
 
 def _toy(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Audited:
 
     def outputs(self) -> dict[str, str]:
         """`{path: md5}` of every output in the lock."""
-        return {one["path"]: one["md5"] for stage in self.lock.values() for one in stage.get("outs", [])}
+        return {one["path"]: one["md5"] for stage in self.lock.values() for one in stage.get("outs") or []}
 
 
 def open_copy(copy: Path, name: str) -> Audited:
@@ -100,12 +100,26 @@ def _stages(content: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
         raise UserError(f"{path}: no stages; it is not DVC's lock")
     for name, stage in stages.items():
-        for one in [*(stage.get("deps") or []), *(stage.get("outs") or [])]:
-            if not isinstance(one, dict) or not isinstance(one.get("md5"), str):
-                raise UserError(f"{path}: {name}: an entry without path and md5")
-            safe.inside(one.get("path"), f"{path}: {name}")
-            source.digest(one["md5"].removesuffix(".dir"))
+        where = f"{path}: {name}"
+        recorded = stage.get("params") or {}
+        if not isinstance(recorded, dict) or not all(isinstance(values or {}, dict) for values in recorded.values()):
+            raise UserError(f"{where}: params: refused; expected values by file and key")
+        if any(not isinstance(key, str) for values in recorded.values() for key in values or {}):
+            raise UserError(f"{where}: params: refused; a key is no text")
+        for kind in ("deps", "outs"):
+            _entries(stage.get(kind) or [], f"{where}: {kind}")
     return stages
+
+
+def _entries(listed: Any, where: str) -> None:
+    """Checks the form of a stage's inputs or outputs."""
+    if not isinstance(listed, list):
+        raise UserError(f"{where}: refused; expected a list")
+    for one in listed:
+        if not isinstance(one, dict) or not isinstance(one.get("md5"), str):
+            raise UserError(f"{where}: refused; an entry without path and md5")
+        safe.inside(one.get("path"), where)
+        source.digest(one["md5"].removesuffix(".dir"))
 
 
 def checks(audited: Audited, own: Path, original_locks: Mapping[str, bytes]) -> list[Check]:
@@ -152,7 +166,7 @@ def parameters_current(audited: Audited) -> Check:
     wrong = []
     for stage, content in audited.lock.items():
         for values in (content.get("params") or {}).values():
-            for key, value in values.items():
+            for key, value in (values or {}).items():
                 if _lookup(audited.profile.values, key) != value:
                     wrong.append(f"{stage}: {key} was {str(value)[:60]}")
     return verdict("parameters", wrong, "params.yaml is what the stages ran with", "params.yaml was changed afterwards")

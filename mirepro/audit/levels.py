@@ -37,6 +37,8 @@ from mirepro.report import claims
 SCHEMA = "mirepro.audit/1"
 REPRODUCED, DIVERGED, INCONCLUSIVE = "REPRODUCED", "DIVERGED", "INCONCLUSIVE"
 EXITS = {REPRODUCED: 0, DIVERGED: 1, INCONCLUSIVE: 2}
+WORK, MARK = "work", "work-of-mirepro-audit"
+"""The work folder in an audit's, and the file in it without which a folder of this name is never removed."""
 BLIND = (
     "A publisher who chose seeds, data or claims after seeing results is not found by repeating the same runs; fresh "
     "seeds (--seeds) and the policy's date in git are the remedies.",
@@ -87,8 +89,19 @@ def check_options(options: Options) -> None:
     folder, out = Path(options.source), options.out.resolve()
     if folder.is_dir() and out.is_relative_to(folder.resolve()):
         raise UserError(f"{options.out}: lies in the audited folder, which is never touched; choose another -o")
-    if out.exists() and any(out.iterdir()) and not (out / "report.json").is_file() and not (out / "work").is_dir():
-        raise UserError(f"{options.out}: is not empty and holds no audit; choose another -o")
+    _check_out(out, options.out)
+
+
+def _check_out(out: Path, named: Path) -> None:
+    """Refuses an output folder in which something else than an audit would be overwritten or removed."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{named}: is no folder; choose another -o")
+    work = out / WORK
+    ours = (work / MARK).is_file() and not work.is_symlink()
+    if os.path.lexists(work) and not ours:
+        raise UserError(f"{named / WORK}: is not of an audit, which would remove it; choose another -o")
+    if out.exists() and any(out.iterdir()) and not (out / "report.json").is_file() and not ours:
+        raise UserError(f"{named}: is not empty and holds no audit; choose another -o")
 
 
 def audit(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -98,17 +111,14 @@ def audit(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
         UserError: The source or the policy cannot be read, or is hostile.
     """
     check_options(options)
-    work = options.out.resolve() / "work"  # stages run in other folders
-    copy = work / "copy"
-    for stale in work.glob("copy*"):
-        shutil.rmtree(stale)
-    copy.mkdir(parents=True, exist_ok=True)
+    work = options.out.resolve() / WORK  # stages run in other folders
+    copy = _fresh_copy(work)
     taken = source.take(options.source, copy)
     say(f"copied {taken.facts['location']}, commit {(taken.facts['commit'] or 'none')[:12]}")
     committed_locks = integrity.locks(copy, options.profile)
     remote = None if options.remote is None else release.receive(options.remote, _fresh_folder(work / "remote"))
+    loaded = load_policy(options, taken)  # before anything of the remote is in the copy
     audited = _open(options, copy, remote)
-    loaded = load_policy(options, taken)
     checks = [_policy_committed(options, taken, loaded), release.check(audited, options.publisher_key, remote)]
     checks += [*integrity.checks(audited, OWN, committed_locks), relock.check(audited)]
     facts = {"source": taken.facts | {"sha256": tree_digest(audited)}, "policy": policy.plain(loaded)}
@@ -120,6 +130,23 @@ def audit(options: Options, say: Callable[[str], None] = print) -> dict[str, Any
     report = assemble(options, audited, facts, checks, gathered, controls, work)
     shutil.rmtree(work)
     return report
+
+
+def _fresh_copy(work: Path) -> Path:
+    """The empty folder of the copy in the work folder, which is marked as this program's own.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        (work / MARK).touch()
+        for stale in work.glob("copy*"):
+            shutil.rmtree(stale)
+        (work / "copy").mkdir()
+    except OSError as error:
+        raise files.refusal(work, error) from error
+    return work / "copy"
 
 
 def _open(options: Options, copy: Path, remote: Path | None) -> Audited:
@@ -234,8 +261,11 @@ def _again(
 
 
 def _place(options: Options, audited: Audited, work: Path) -> Path:
-    """The folder of re-runs for exactly these inputs; those of other inputs are dropped."""
+    """The folder of re-runs for exactly these inputs on such a machine; those of other inputs are dropped."""
     inputs = [tree_digest(audited), own_digest(), options.level, options.profile, options.seeds, options.trust_code]
+    limits = [os.environ.get(name) for name in sandbox.LIMITS]
+    here = determinism.key(audited.profile.tier, audited.profile.threads)
+    inputs += [here, determinism.cpu("flags"), limits, sandbox.find(options.trust_code).kind]
     name = hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
     for other in work.glob("again-*"):
         if other.name != f"again-{name}":
@@ -246,8 +276,8 @@ def _place(options: Options, audited: Audited, work: Path) -> Path:
 
 
 def own_digest() -> str:
-    """A digest of the judge's own package."""
-    kinds = (".py", ".json", ".yaml", ".j2", ".css")
+    """A digest of the judge's own package with its compiled operators."""
+    kinds = (".py", ".so", ".json", ".yaml", ".j2", ".css")
     names = sorted(path for path in (OWN / "mirepro").rglob("*") if path.suffix in kinds)
     lines = "".join(f"{path.relative_to(OWN)} {files.sha256(path)}\n" for path in names)
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,6 +1,10 @@
 """What an audit leaves: report.json, report.html, ro-crate-metadata.json and the signed statement over them."""
 
-from collections.abc import Mapping
+import errno
+import os
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,29 @@ SIGNED = (REPORT, PAGE, CRATE)
 RESULTS = {levels.REPRODUCED: "PASSED", levels.INCONCLUSIVE: "WARNED", levels.DIVERGED: "FAILED"}
 
 
+@contextmanager
+def last_resort(command: str) -> Iterator[None]:
+    """Makes one line and exit code 2 of whatever a hostile source breaks; Python's own 1 would mean DIVERGED.
+
+    MIREPRO_TRACEBACK=1 shows where.
+
+    Raises:
+        UserError: In place of any other exception but a package or disk space that lacks, which have their own words.
+    """
+    try:
+        yield
+    except (UserError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS):
+            raise
+        if os.environ.get("MIREPRO_TRACEBACK") == "1":
+            traceback.print_exc()
+        words = " ".join(str(error).split())[:300]
+        raise UserError(f"{command}: unexpected {type(error).__name__}: {words}; please report it") from error
+
+
+@last_resort("audit")
 def conduct(options: levels.Options, key: Path | None) -> int:
     """Audits, writes the report, prints the outcome; returns the exit code.
 
@@ -118,6 +145,7 @@ def check(report: Mapping[str, Any]) -> None:
         raise UserError(f"{REPORT}: {problem.json_path}: {problem.message[:200]}; not a report, or a changed one")
 
 
+@last_resort("verify")
 def verify(path: Path, key: Path | None) -> tuple[int, list[str]]:
     """Checks an audit's statement: signature, files beside it, and every verdict from its own inputs.
 

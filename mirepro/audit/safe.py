@@ -1,6 +1,7 @@
 """Reading files that a stranger wrote: bounded size and depth, no links, no way out of the folder, no pickle."""
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from mirepro.errors import UserError
 JSON_BYTES = 32 << 20
 YAML_BYTES = 4 << 20
 DEPTH = 40
+DIGITS = 20
+"""Of an integer in JSON: all of 64 bits; far more would not fit into a floating-point number."""
 SUFFIXES = (".safetensors", ".json", ".jsonl", ".txt", ".tar", ".html", ".md")
 """What results consist of; anything else in an outputs folder is refused, pickles in particular."""
 
@@ -40,13 +43,18 @@ def regular(path: Path, limit: int | None = None) -> bytes:
 
 
 def parse_json(content: bytes, name: str) -> Any:
-    """Strict JSON: UTF-8, no NaN, no repeated key, bounded depth.
+    """Strict JSON: UTF-8 (escapes too), only finite numbers, no repeated key, bounded depth.
 
     Raises:
         UserError: Anything else.
     """
     try:
-        value = json.loads(content.decode(), object_pairs_hook=_unique, parse_constant=_constant)
+        value = json.loads(
+            content.decode(), object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite,
+            parse_int=_bounded,
+        )  # fmt: skip
+        if b"\\ud" in content.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text and cannot be written
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: refused; not strict JSON ({error or 'too deep'})") from error
     if _depth(value, DEPTH) < 0:
@@ -68,6 +76,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _constant(name: str) -> Any:
     raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _constant(text[:DIGITS])
+
+
+def _bounded(text: str) -> int:
+    if len(text.removeprefix("-")) > DIGITS:
+        raise ValueError(f"an integer of more than {DIGITS} digits")
+    return int(text)
 
 
 def _depth(value: Any, left: int) -> int:

@@ -3,6 +3,7 @@
 Only names that results and their code consist of are taken: `.mirepro/`, `.dvc/`, hooks and configuration stay behind.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mirepro.audit import safe
 from mirepro.errors import UserError
@@ -25,6 +26,10 @@ TAKEN = (
 SKIPPED = ("__pycache__", "node_modules", "build")
 SKIPPED_SUFFIXES = (".so", ".pyc")
 RECORDED = (".gitignore",)
+FETCHED = ("runs/", "metrics/", "tables/", "reports/")
+"""Where a remote's artefacts may lie: results, never code, parameters or the policy."""
+PROTOCOLS = "file:git:http:https:ssh"
+UNUSABLE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 FILE_BYTES, TOTAL_BYTES, COUNT = 2 << 30, 200 << 30, 200_000
 
 
@@ -97,24 +102,43 @@ def bounded(path: Path, size: int, total: int, count: int) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     """Copies a regular file's bytes; a link put there in the meantime is not followed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW)
-    with os.fdopen(descriptor, "rb") as reader, target.open("xb") as writer:
+    with os.fdopen(descriptor, "rb") as reader, _create(target) as writer:
         shutil.copyfileobj(reader, writer, 1 << 20)
+
+
+def _create(target: Path) -> BinaryIO:
+    """Opens a new file of the copy.
+
+    Raises:
+        UserError: The source's names for its files contradict each other, or are longer than names may be.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target.open("xb")
+    except OSError as error:
+        if error.errno not in UNUSABLE:
+            raise
+        words = f"{target}: refused; names of the source overlap or are too long ({error.strerror})"
+        raise UserError(words) from error
 
 
 def git(*arguments: str, folder: Path, content: bytes | None = None) -> bytes:
     """Runs git without hooks, file-system monitors, credentials and anybody's configuration.
 
+    Only `clone` speaks with anybody: any other command on a partial clone would fetch what lacks from the remote that
+    the source names, by a program that the source names. GIT_ALLOW_PROTOCOL counts before any configuration.
+
     Raises:
         UserError: git is missing or fails.
     """
-    quiet = ["core.hooksPath=/dev/null", "core.fsmonitor=false", "protocol.ext.allow=never", "safe.directory=*"]
+    quiet = ["core.hooksPath=/dev/null", "core.fsmonitor=false", "safe.directory=*"]
     options = [part for setting in quiet for part in ("-c", setting)]
     kept = {name: os.environ[name] for name in ("PATH", "SSH_AUTH_SOCK") if name in os.environ}
     environment = kept | {
         "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C",
         "GIT_ASKPASS": "true", "GIT_NO_REPLACE_OBJECTS": "1", "HOME": "/nonexistent",
+        "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": PROTOCOLS if arguments[0] == "clone" else "none",
     }  # fmt: skip
     command = ["git", *options, *arguments]
     try:
@@ -167,10 +191,12 @@ def _extract(repository: Path, tree: dict[str, str], copy: Path, portion: int = 
     for start in range(0, len(names), portion):
         part = names[start : start + portion]
         wanted = "".join(f"{tree[name]}\n" for name in part).encode()
-        sizes = git("cat-file", "--batch-check=%(objectsize)", folder=repository, content=wanted).split()
-        for place, (name, size) in enumerate(zip(part, map(int, sizes), strict=True)):
-            total += size
-            bounded(Path(name), size, total, start + place)
+        sizes = git("cat-file", "--batch-check=%(objectsize)", folder=repository, content=wanted).splitlines()
+        for place, (name, size) in enumerate(zip(part, sizes, strict=True)):
+            if not size.isdigit():  # "<id> missing"
+                raise UserError(f"{name}: its content {tree[name]} is not in the repository; fetch all of it there")
+            total += int(size)
+            bounded(Path(name), int(size), total, start + place)
         stream = memoryview(git("cat-file", "--batch", folder=repository, content=wanted))
         for name in part:
             stream = _one(stream, copy / name)
@@ -180,8 +206,7 @@ def _one(stream: memoryview, target: Path) -> memoryview:
     """Writes the first blob of git's batch output (`<id> blob <size>`, newline, content, newline)."""
     head = bytes(stream[:200]).partition(b"\n")[0]
     start, size = len(head) + 1, int(head.split()[2])
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("xb") as file:
+    with _create(target) as file:
         file.write(stream[start : start + size])
     return stream[start + size + 1 :]
 
@@ -224,17 +249,17 @@ def fetch(copy: Path, remote: Path, outputs: Iterable[tuple[str, str]]) -> list[
         outputs: (path, md5 as in dvc.lock, with `.dir` for folders).
 
     Returns:
-        The paths that the remote lacks.
+        The paths that the remote lacks, or that lie elsewhere than results do.
 
     Raises:
-        UserError: No such remote, or an object in it is damaged.
+        UserError: No such remote, an object in it is damaged, or outputs overlap.
     """
     store = remote / "files" / "md5"
     if not store.is_dir():
         raise UserError(f"{remote}: no DVC remote or cache; it has no folder files/md5")
     lacking = []
     for path, md5 in outputs:
-        wanted = _listing(store, path, md5)
+        wanted = _listing(store, path, md5) if path.startswith(FETCHED) else None
         if wanted is None or not all((store / one[:2] / one[2:]).is_file() for _, one in wanted):
             lacking.append(path)
             continue

@@ -142,6 +142,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise KeyError("payloadType")
         inner = safe.parse_json(base64.b64decode(outer["payload"], validate=True), str(path))
         good = inner["_type"] == STATEMENT and isinstance(inner["predicate"], dict)
+        good = good and isinstance(inner["predicateType"], str)
         named = {item["name"]: item["digest"]["sha256"] for item in inner["subject"]}
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         raise UserError(f"{path}: not an in-toto statement in a DSSE envelope ({error})") from error

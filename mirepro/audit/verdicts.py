@@ -309,7 +309,11 @@ def from_inputs(values: dict[str, Any]) -> tuple[Evidence, Rule]:
     """The inverse of `inputs`.
 
     Raises:
-        UserError: Unknown key or wrong type.
+        UserError: Unknown key, wrong type, or a rule that no policy may have.
     """
+    from mirepro.audit.policy import Pattern  # which imports this module
+
     evidence = params.build(Evidence, values.get("evidence"), "evidence")
-    return evidence, params.build(Rule, values.get("rule"), "rule")
+    rule = params.build(Rule, values.get("rule"), "rule")
+    Pattern(**asdict(rule))
+    return evidence, rule
