@@ -2,7 +2,7 @@
 
 Simulated audits go through `mirepro.audit.verdicts.judge` itself. The unit is the standard deviation of the published
 law; a margin is the narrowest that the policy check accepts for that many seeds. A miss is EQUIVALENT (fresh seeds) or
-CONSISTENT (one re-run) where the law moved by a margin or more; a false alarm is DIVERGED where it did not move.
+CONSISTENT (one fresh run) where the law moved by a margin or more; a false alarm is DIVERGED where it did not move.
 Each bound has a control, a wrong ladder, that has to break it; exit 1 if a bound is broken or a control holds.
 """
 
@@ -42,7 +42,7 @@ LAWS: dict[str, tuple[Callable[[Draw, int], np.ndarray], float]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is simulated: fresh seeds or one re-run, a law, seeds on either side, and the shift in margins."""
+    """What is simulated: as many fresh seeds or one, a law, seeds on either side, and the shift in margins."""
 
     test: str
     law: str
@@ -74,7 +74,7 @@ def evidence(draw: Draw, setting: Setting, margin: float) -> Evidence:
     published = tuple(law(draw, setting.seeds).tolist())
     count = setting.seeds if setting.test == "tost" else 1
     new = tuple((law(draw, count) * scale + setting.shift * margin).tolist())
-    return Evidence(False, published=published, **{"fresh" if setting.test == "tost" else "rerun": new})
+    return Evidence(False, published=published, fresh=new)
 
 
 def simulate(setting: Setting, draws: int, alpha: float = ALPHA, margin: float | None = None) -> Row:
@@ -114,7 +114,7 @@ def two_sigma(setting: Setting, draws: int) -> float:
     """Control: alarm beyond two published standard deviations, however few seeds they come from."""
     draw = np.random.default_rng(0)
     pairs = [evidence(draw, setting, 1.0) for _ in range(draws)]
-    old, new = np.array([pair.published for pair in pairs]), np.array([pair.rerun for pair in pairs])[:, 0]
+    old, new = np.array([pair.published for pair in pairs]), np.array([pair.fresh for pair in pairs])[:, 0]
     return float((np.abs(new - old.mean(1)) > 2 * old.std(1, ddof=1)).mean())
 
 

@@ -251,7 +251,7 @@ def publish(
 
 @app.command()
 def verify(
-    file: Annotated[Path, typer.Argument(help="audit.dsse.json, its folder, or a release")],
+    file: Annotated[Path, typer.Argument(help="audit.dsse.json, its folder, or release.dsse.json in its checkout")],
     key: Annotated[Path | None, typer.Option(help="public key that must have signed it")] = None,
 ) -> None:
     """Check a signed audit: signature, files, every verdict from its inputs. Exit 0 good, 1 wrong, 2 not decided."""

@@ -141,6 +141,7 @@ def test_revision_and_remote(project: Project, copy: Path, tmp_path: Path) -> No
     assert (report["verdict"], states(report)["outputs"]) == ("INCONCLUSIVE", "not checked")
     report = audit(f"{copy}@HEAD", tmp_path / "out", 1)
     assert (report["verdict"], states(report)["claims"]) == ("REPRODUCED", "not checked"), report["why"]
+    assert report["claims"]
     assert states(report)["tables recomputed"] == "pass"
     public = tmp_path / "key.pub"
     full = audit(f"{copy}@HEAD", tmp_path / "out", remote=tmp_path / "release", publisher_key=public)
@@ -153,6 +154,47 @@ def test_revision_and_remote(project: Project, copy: Path, tmp_path: Path) -> No
         audit(f"{copy}@HEAD", tmp_path / "out", remote=tmp_path / "release")
     with pytest.raises(UserError, match="check the address"):
         audit(f"{copy}@nowhere", tmp_path / "out")
+
+
+def test_claims_without_answers(copy: Path, tmp_path: Path) -> None:
+    """Where the answers per image are not there, everything but the intervals over images has to come out."""
+    shutil.rmtree(copy / "runs")
+
+    def seen() -> tuple[str, str, list[str]]:
+        report = audit(copy, tmp_path / "out", 1)
+        items = next(check["items"] for check in report["checks"] if check["name"] == "tables recomputed")
+        assert states(report)["claims"] == "not checked"
+        assert any(claim["n"] == 3 for claim in report["claims"])
+        return report["verdict"], states(report)["tables recomputed"], items
+
+    file = copy / "tables/desk/claims.json"
+    good = file.read_text()
+    assert json.loads(good)["claims"][5]["bootstrap"]
+    assert seen() == ("REPRODUCED", "pass", [])
+    edit(file, lambda content: content["claims"][5].update(verdict="supported", n=5))
+    assert seen() == ("DIVERGED", "fail", ["tables/desk/claims.json: differs from what the metrics give"])
+    for text in ("[]", good.replace('"bootstrap": [', '"bootstrap": [true,', 1)):
+        file.write_text(text)
+        assert seen()[:2] == ("DIVERGED", "fail")
+
+
+def test_claims_of_the_policy(copy: Path, tmp_path: Path) -> None:
+    """A declared claim has to come out supported; too few seeds decide nothing; an unknown row stops the audit."""
+    shutil.rmtree(copy / "runs")  # verdicts need metrics only, and the report takes most of the time
+
+    def verdict(better: str, seeds: int = 3, than: str = "ir") -> tuple[str, str]:
+        claim = f"{{id: a, table: T1, column: linear_flat, better: {better}, than: {than}}}"
+        text = f"schema: mirepro.audit-policy/1\nclaims: {{alpha: 0.05, seeds: {seeds}, claims: [{claim}]}}\n"
+        (tmp_path / "policy.yaml").write_text(text)
+        report = audit(copy, tmp_path / "out", 1, policy=tmp_path / "policy.yaml")
+        assert output.recheck(report) == []
+        return report["verdict"], report["why"]
+
+    assert verdict("ball")[0] == "REPRODUCED"
+    assert verdict("ir", than="ball") == ("DIVERGED", "claims with another verdict: a")
+    assert verdict("ball", seeds=5) == ("INCONCLUSIVE", "not enough seeds for claims: a")
+    with pytest.raises(UserError, match="claim a: T1/bal/linear_flat is no cell of the tables"):
+        verdict("bal")
 
 
 def test_publishing_what_does_not_fit(copy: Path, tmp_path: Path) -> None:
@@ -274,6 +316,19 @@ def test_html_is_escaped(good: tuple[Path, Path]) -> None:
     assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
 
 
+def test_page_lists_what_differs(good: tuple[Path, Path]) -> None:
+    """Libraries of another version than the pinned one, claims, and for how many cells the paper has no value."""
+    report = json.loads((good[0] / "report.json").read_text())
+    name = next(iter(report["key"]["here"]["versions"]))
+    report["key"]["pinned"] = {name: "0.0.1"}
+    report["cells"][0]["paper"] = {"value": 1.0, "verdict": "CONSISTENT", "reason": "so"}
+    text = page.render(report, None)
+    assert re.search(f'<th scope="row">{name}</th><td>[^<]+</td><td>0.0.1</td>', text)
+    assert f"n/a for {len(report['cells']) - 1} of {len(report['cells'])} cells" in text
+    report["key"]["pinned"] = {name: report["key"]["here"]["versions"][name]}
+    assert "No library of the key has another version" in page.render(report, None)
+
+
 def test_page_is_self_contained(good: tuple[Path, Path]) -> None:
     text = (good[0] / "report.html").read_text()
     for word in ("http://", "https://", '<link rel="stylesheet', "<script", "@import", "url("):
@@ -390,6 +445,41 @@ def test_verdicts_are_computed_again(good: tuple[Path, Path]) -> None:
     assert "says EXACT, its inputs give DIVERGED" in output.recheck(report)[0]
 
 
+def _band(report: Any) -> None:
+    """A cell re-run under a rule that the policy does not have."""
+    cell = report["cells"][3]
+    cell["level"], cell["inputs"]["rule"] = 2, {"test": "band", "margin": 1.0, "alpha": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r["cells"][3].update(numbers={"band": {"largest": 0.0}}), "other numbers"),
+        (_band, "another rule than the policy's"),
+        (
+            lambda r: r["cells"][3].update(paper={"value": 1.0, "verdict": "CONSISTENT", "reason": "so"}),
+            "paper's value",
+        ),
+        (lambda r: r["claims"][3].update(wanted="supported"), "claims: measured against"),
+        (lambda r: r["claims"][3].update(verdict="not supported"), "concludes REPRODUCED"),
+    ],
+)
+def test_whatever_a_report_concludes_is_computed_again(
+    good: tuple[Path, Path], change: Callable[[Any], None], words: str
+) -> None:
+    report = json.loads((good[0] / "report.json").read_text())
+    change(report)
+    output.check(report)
+    assert words in output.recheck(report)[0]
+
+
+def test_numbers_may_differ_in_their_last_digits() -> None:
+    one = {"tost": {"p": 0.04, "cells": 3, "words": "x"}}
+    assert output.close(one, {"tost": {"p": 0.04 * (1 + 1e-12), "cells": 3, "words": "x"}})
+    for other in ({"p": 0.0401}, {"cells": 4}, {"words": "y"}, {"more": 1}):
+        assert not output.close(one, {"tost": one["tost"] | other})
+
+
 def test_keys(tmp_path: Path) -> None:
     statement.new_keys(tmp_path / "k")
     assert (tmp_path / "k").stat().st_mode & 0o777 == 0o600
@@ -412,6 +502,24 @@ def test_conclusion() -> None:
     assert levels.conclude(1, [], [good, {"verdict": "MISSING"}], [yes])[0] == "INCONCLUSIVE"
     assert levels.conclude(1, [], [good, bad, {"verdict": "MISSING"}], [yes])[0] == "DIVERGED"
     assert levels.conclude(1, [check], [good], [yes])[0] == "DIVERGED"
+    claim = {"id": "a", "verdict": "supported", "wanted": "supported"}
+    assert levels.conclude(1, [], [good], [yes], [claim])[0] == "REPRODUCED"
+    assert levels.conclude(1, [], [good], [yes], [claim | {"verdict": "not supported"}])[0] == "DIVERGED"
+    assert levels.conclude(1, [], [good], [yes], [claim | {"wanted": None}])[0] == "DIVERGED"
+    assert levels.conclude(1, [], [good], [yes], [claim | {"verdict": "not enough seeds"}])[0] == "INCONCLUSIVE"
+    unjudged = integrity.Check(levels.UNJUDGED, "not checked", "")
+    assert levels.conclude(1, [unjudged], [good], [yes]) == ("INCONCLUSIVE", "the claims could not be judged")
+
+
+def test_claims_that_cannot_be_judged(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error among the claims is told, and leaves the audit undecided."""
+
+    def damaged(*_: Any) -> None:
+        raise KeyError("cells")
+
+    monkeypatch.setattr(levels.recompute, "judge_claims", damaged)
+    report = audit(project.root, tmp_path / "out", 1)
+    assert (report["verdict"], report["claims"], states(report)[levels.UNJUDGED]) == ("INCONCLUSIVE", [], "not checked")
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ claims:
   seeds: 5
   claims: [{id: a, table: T1, column: linear_flat, better: ball, than: ir}]
 """
+RULES = GOOD[: GOOD.index("claims:")]
 
 
 def load(tmp_path: Path, text: str) -> policy.Policy:
@@ -49,6 +50,9 @@ def test_last_match_counts_and_exact_is_the_default(tmp_path: Path) -> None:
         ("test: tost", "test: exact", "exact takes none"),
         ("policy/1", "policy/2", "expected mirepro.audit-policy/1"),
         ("better: ball, ", "", "better: missing key"),
+        ("claims:\n  alpha: 0.05", "claims:\n  alpha: 2.0", "alpha must lie"),
+        ("seeds: 5", "seeds: 0", "seeds be at least 2"),
+        ("than: ir}", "than: ir}, {id: a, table: T1, column: knn_1, better: ball, than: ir}", "share an id"),
         ("schema:", "x: &a {}\ny: *a\nschema:", "aliases"),
         ("rules:", "schema: x\nrules:", "repeated"),
     ],
@@ -60,7 +64,7 @@ def test_mistakes_are_refused(tmp_path: Path, old: str, new: str, message: str) 
 
 
 def test_margins_that_show_nothing(tmp_path: Path) -> None:
-    rule = load(tmp_path, GOOD)
+    rule = load(tmp_path, RULES)
     values = [10.0, 12.0, 14.0]  # sd 2: a margin of 6 is 3 sd
     assert policy.check(rule, {("T1", "ir", "linear_flat"): values, ("T1", "random", "knn_1"): values}) == []
     wider = {("T1", "ir", "linear_flat"): [9.9, 12.0, 14.1], ("T1", "random", "knn_1"): values}
@@ -73,12 +77,27 @@ def test_margins_that_show_nothing(tmp_path: Path) -> None:
         policy.refuse([problem], "audit.yaml")
 
 
+def test_tables_that_fresh_seeds_do_not_measure(tmp_path: Path) -> None:
+    cells = [("T1", "ir", "linear_flat"), ("T6", "ir", "linear_flat"), ("T6", "ir", "knn_1"), ("T7", "x", "linear_x")]
+    assert load(tmp_path, RULES).beyond_fresh(cells) == {}
+    assert load(tmp_path, RULES.replace("table: T1, column", "column")).beyond_fresh(cells) == {"T6": 1, "T7": 1}
+
+
+def test_a_claim_about_nothing(tmp_path: Path) -> None:
+    rule = load(tmp_path, GOOD.replace(RULES, "schema: mirepro.audit-policy/1\n"))
+    cells = {("T1", row, "linear_flat"): [1.0] for row in ("ball", "ir")}
+    assert policy.check(rule, cells) == []
+    assert policy.check(rule, {("T1", "ball", "linear_flat"): [1.0], ("T1", "ir", "knn_1"): [1.0]}) == [
+        "claim a: T1/ir/linear_flat is no cell of the tables"
+    ]
+
+
 def test_a_rule_for_nothing(tmp_path: Path) -> None:
     cells = {("T1", "random", "linear_pool"): [1.0]}
-    assert policy.check(load(tmp_path, GOOD), cells) == []
-    (problem,) = policy.check(load(tmp_path, GOOD.replace("row: random", "row: ramdon")), cells)[:1]
+    assert policy.check(load(tmp_path, RULES), cells) == []
+    (problem,) = policy.check(load(tmp_path, RULES.replace("row: random", "row: ramdon")), cells)[:1]
     assert "too narrow" not in problem
-    problems = policy.check(load(tmp_path, GOOD.replace("row: random", "row: ramdon")), {("T1", "ir", "linear_x"): []})
+    problems = policy.check(load(tmp_path, RULES.replace("row: random", "row: ramdon")), {("T1", "ir", "linear_x"): []})
     assert problems == ["rule T1/ramdon/* names no cell of the tables"]
 
 

@@ -2,13 +2,20 @@
 
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from mirepro.audit import verdicts
+from mirepro.audit import evidence, verdicts
+from mirepro.audit.cells import Cell, Part
+from mirepro.audit.policy import Pattern, Policy
+from mirepro.audit.recompute import Recomputed
+from mirepro.audit.rerun import Rerun
 from mirepro.audit.verdicts import Evidence, Rule
+from mirepro.errors import UserError
 
 TOST = Rule("tost", margin=3.0)
 
@@ -109,10 +116,34 @@ PUBLISHED = (10.0, 11.0, 12.0)
         (Evidence(False, rerun=(10.2,), originals=(10.0,)), Rule("band", 0.5), "CONSISTENT", "No test"),
         (Evidence(False, rerun=(10.6,), originals=(10.0,)), Rule("band", 0.5), "DIVERGED", "more than"),
         (Evidence(False, fresh=(10.6,), originals=()), Rule("band", 0.5), "INCONCLUSIVE", "none was re-run"),
-        (Evidence(False, published=PUBLISHED, rerun=(15.9,)), TOST, "CONSISTENT", "low power"),
-        (Evidence(False, published=PUBLISHED, rerun=(16.1,)), TOST, "DIVERGED", "prediction interval"),
-        (Evidence(False, published=(10.0,), rerun=(10.1,)), TOST, "INCONCLUSIVE", "no spread"),
-        (Evidence(False, published=(1.0, 1.0), rerun=(1.1,)), TOST, "INCONCLUSIVE", "do not vary"),
+        (
+            Evidence(False, rerun=(10.2,), originals=(10.0,), lost=1, repeated=2),
+            Rule("band", 0.5),
+            "INCONCLUSIVE",
+            "1 of 2 repeated runs have a value on one side only",
+        ),
+        (Evidence(False, lost=1, repeated=1), Rule("band", 0.5), "INCONCLUSIVE", "on one side only"),
+        (Evidence(False, lost=1, repeated=1), Rule(), "DIVERGED", "exactness"),
+        (Evidence(False, published=PUBLISHED, rerun=(12.9,), originals=(10.0,)), TOST, "CONSISTENT", "low power"),
+        (Evidence(False, published=PUBLISHED, rerun=(12.9,), originals=(10.0,)), TOST, "CONSISTENT", "hardly leave it"),
+        (
+            Evidence(False, published=PUBLISHED, rerun=(13.1,), originals=(10.0,)),
+            TOST,
+            "INCONCLUSIVE",
+            "3.1, is more than the declared margin",
+        ),
+        (
+            Evidence(False, published=PUBLISHED, rerun=(12.9,), originals=(10.0,), lost=1),
+            TOST,
+            "INCONCLUSIVE",
+            "one side",
+        ),
+        (Evidence(False, published=PUBLISHED, rerun=(16.1,), originals=(10.0,)), TOST, "DIVERGED", "interval"),
+        (Evidence(False, published=PUBLISHED, fresh=(15.9,)), TOST, "CONSISTENT", "low power"),
+        (Evidence(False, published=PUBLISHED, fresh=(16.1,)), TOST, "DIVERGED", "prediction interval"),
+        (Evidence(False, published=(10.0,), rerun=(10.1,), originals=(10.0,)), TOST, "INCONCLUSIVE", "no spread"),
+        (Evidence(False, published=(1.0, 1.0), rerun=(1.1,), originals=(1.0,)), TOST, "INCONCLUSIVE", "do not vary"),
+        (Evidence(True, repeated=1, runs=3), Rule(), "EXACT", "Runs repeated: 1 of 3."),
         (Evidence(None, published=PUBLISHED, fresh=(10.0, 11.0, 12.1)), TOST, "EQUIVALENT", "Holm over 1"),
         (Evidence(None, published=PUBLISHED, fresh=(20.0, 21.0, 22.0)), TOST, "DIVERGED", "outside ±3"),
         (Evidence(None, published=PUBLISHED, fresh=(10.0, 19.0, 12.0)), TOST, "INCONCLUSIVE", "neither"),
@@ -131,7 +162,7 @@ def test_corrections_count_cells() -> None:
     assert verdicts.judge([near])[0].name == "EQUIVALENT"
     far = [(Evidence(None, published=PUBLISHED, fresh=(10.0, 19.0, 12.0)), TOST)] * 20
     assert verdicts.judge([near, *far])[0].name == "INCONCLUSIVE"
-    odd = (Evidence(False, published=PUBLISHED, rerun=(16.5,)), TOST)
+    odd = (Evidence(False, published=PUBLISHED, fresh=(16.5,)), TOST)
     assert verdicts.judge([odd])[0].name == "DIVERGED"
     verdict = verdicts.judge([odd] * 20)[0]
     assert verdict.name == "INCONCLUSIVE"
@@ -144,7 +175,85 @@ def test_corrections_count_cells() -> None:
 def test_binomial_noise() -> None:
     verdict = one(Evidence(False, published=(20.0, 20.0), images=400), Rule())
     assert verdict.numbers["test_set"]["binomial_sd"] == pytest.approx(100 * math.sqrt(0.2 * 0.8 / 400))
-    assert one(Evidence(False, published=(20.0, 20.0)), Rule()).numbers == {}
+    assert "Drawing 400 test images alone gives ±2 points (1 sd)." in verdict.reason
+    plain = one(Evidence(False, published=(20.0, 20.0)), Rule())
+    assert (plain.numbers, "Drawing" in plain.reason) == ({}, False)
+
+
+def test_moderately_wrong_reruns_of_published_seeds() -> None:
+    """Re-runs that all moved by 3.5 sd stay inside the interval at n = 3, but are not consistent."""
+    case = Evidence(False, published=PUBLISHED, rerun=(13.5, 14.5, 15.5), originals=PUBLISHED, repeated=3, runs=3)
+    limit = verdicts.prediction(3, 3, 0.05)
+    verdict = one(case, Rule("tost", 3.0))
+    assert verdict.numbers["interval"]["distance_sd"] == pytest.approx(3.5)
+    assert limit > 3.5
+    assert verdict.name == "INCONCLUSIVE"
+    assert verdict.numbers["paired"] == {"largest": 3.5, "margin": 3.0}
+    assert one(case, Rule("tost", 3.6)).name == "CONSISTENT"
+
+
+def gathered(again: list[float | None], extra: int = 0) -> evidence.Gathered:
+    """A cell of two runs, both run again, and further cells that the committed table lacks."""
+    content = {"mean": 10.5, "std": 0.7, "n": 2, "unit": "AP", "protocol": "p", "published": None}
+    parts = [Part(f"ir-s{seed}", f"evaluate@ir-s{seed}", {"value": 10.0 + seed}) for seed in range(2)]
+    new = [replace(part, entry={"value": value}) for part, value in zip(parts, again, strict=True)]
+    cells = {"AP": content} | {f"column{place}": content for place in range(extra)}
+    address = ("T2", "ir", "AP")
+    return evidence.Gathered(
+        SimpleNamespace(), [Cell(address, content, tuple(parts))],
+        Policy("x", (Pattern("band", margin=0.5),)), same_key=True, level=2,
+        recomputed=Recomputed({"T2": {"rows": [{"row": "ir", "cells": cells}]}}),
+        reruns={part.stage: Rerun(part.stage, True, 1.0) for part in parts},
+        again={address: Cell(address, content, tuple(new))},
+    )  # fmt: skip
+
+
+def test_a_rerun_without_a_value_decides_nothing() -> None:
+    """A run whose value is gone must not drop out of the comparison of the others."""
+    (cell,) = evidence.judge(gathered([10.1, 11.1]))
+    assert (cell["verdict"], "Runs repeated: 2 of 2." in cell["reason"]) == ("CONSISTENT", True)
+    (cell,) = evidence.judge(gathered([10.1, None]))
+    assert (cell["verdict"], cell["inputs"]["evidence"]["lost"]) == ("INCONCLUSIVE", 1)
+
+
+def test_cells_have_one_order() -> None:
+    found = [cell["column"] for cell in evidence.judge(gathered([10.1, 11.1], extra=9))]
+    assert found == ["AP", *sorted(found[1:])]
+
+
+PAPER = [
+    ((None, 11.0, PUBLISHED, Rule()), None),
+    ((12.0, None, PUBLISHED, Rule()), None),
+    ((12.0, 11.0, PUBLISHED, Rule("tost", 1.5)), ("CONSISTENT", "within the declared ±1.5")),
+    ((13.0, 11.0, PUBLISHED, Rule("band", 1.5)), ("DIVERGED", "beyond the declared ±1.5")),
+    ((12.0, 11.0, (11.0,), Rule()), ("INCONCLUSIVE", "fewer than two seeds")),
+    ((15.9, 11.0, PUBLISHED, Rule()), ("CONSISTENT", "inside the prediction interval ±4.97 of 3 seeds")),
+    ((16.1, 11.0, PUBLISHED, Rule()), ("DIVERGED", "outside the prediction interval")),
+]
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), PAPER)
+def test_values_of_the_paper(arguments: tuple, wanted: tuple[str, str] | None) -> None:
+    found = evidence.paper(*arguments)
+    if found is None or wanted is None:
+        assert found is wanted
+    else:
+        assert (found["value"], found["verdict"], wanted[1] in found["reason"]) == (arguments[0], wanted[0], True)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"test": "tost"}, "need a margin"),
+        ({"test": "x"}, "is unknown"),
+        ({"test": "band", "margin": -1.0}, "impossible"),
+    ],
+)
+def test_rules_that_judge_nothing_are_refused(rule: dict[str, object], message: str) -> None:
+    values = verdicts.inputs(Evidence(True), Rule())
+    assert verdicts.from_inputs(values) == (Evidence(True), Rule())
+    with pytest.raises(UserError, match=message):
+        verdicts.from_inputs(values | {"rule": rule})
 
 
 def test_recomputed_from_json() -> None:

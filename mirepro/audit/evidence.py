@@ -1,6 +1,6 @@
 """From recomputed tables and re-run stages to the evidence, and the verdict, of every cell."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from mirepro.audit import boxes, cells, safe, verdicts
 from mirepro.audit.cells import Address, Cell, Part
 from mirepro.audit.integrity import Audited
-from mirepro.audit.policy import Policy
+from mirepro.audit.policy import FRESH, Policy
 from mirepro.audit.recompute import Recomputed
 from mirepro.audit.rerun import Plan, Rerun
 from mirepro.audit.verdicts import Evidence, Rule
@@ -93,7 +93,7 @@ def judge(gathered: Gathered) -> list[dict[str, Any]]:
     cases = [_case(gathered, cell, made.get(cell.address)) for cell in gathered.committed]
     known = {cell.address for cell in gathered.committed}
     lost = Evidence(None, missing="The metrics give this cell, but the committed table lacks it.")
-    for address in made.keys() - known if not gathered.recomputed.missing else ():
+    for address in sorted(made.keys() - known) if not gathered.recomputed.missing else ():
         cases.append((Cell(address, made[address], ()), lost, Rule(), 1))
     found = verdicts.judge([(evidence, rule) for _, evidence, rule, _ in cases])
     return [_entry(gathered, case, verdict) for case, verdict in zip(cases, found, strict=True)]
@@ -105,16 +105,16 @@ Case = tuple[Cell, Evidence, Rule, int]
 
 def _case(gathered: Gathered, cell: Cell, made: Mapping[str, Any] | None) -> Case:
     if gathered.recomputed.missing:
-        return cell, Evidence(None, missing=gathered.recomputed.missing), Rule(), 1
+        return cell, Evidence(None, published=cell.values, missing=gathered.recomputed.missing), Rule(), 1
     if made != cell.content:  # a table that its own metrics do not give is wrong under any policy
         step = f"the committed metrics give {_difference(cell.content, made)}"
         return cell, Evidence(False, published=cell.values, step=step), Rule(), 1
     rule = gathered.policy.rule(*cell.address)
     lacking = [gathered.missing[part.stage] for part in cell.parts if part.stage in gathered.missing]
     if lacking:
-        return cell, Evidence(None, missing=lacking[0]), rule, gathered.level
+        return cell, Evidence(None, published=cell.values, missing=lacking[0]), rule, gathered.level
     parts = [part for part in cell.parts if part.stage in gathered.reruns]
-    fresh = gathered.fresh.get((cell.address[1], cell.address[2]), ()) if cell.address[0] == "T1" else ()
+    fresh = gathered.fresh.get((cell.address[1], cell.address[2]), ()) if cell.address[0] == FRESH else ()
     if not parts and not fresh:
         return cell, Evidence(True, published=cell.values), Rule(), 1
     return cell, _rerun(gathered, cell, parts, fresh), rule, gathered.level
@@ -138,7 +138,7 @@ def _rerun(gathered: Gathered, cell: Cell, parts: list[Part], fresh: tuple[float
     steps = [step for part in parts if (step := _step(gathered, part, new.get(part.run)))]
     if not steps and parts and (again is None or again.content != cell.content):
         steps = [f"the re-run gives {_difference(cell.content, again.content if again else None)}"]
-    pairs = [(new[part.run].value, part.value) for part in parts if part.run in new]
+    pairs = [(new[part.run].value if part.run in new else None, part.value) for part in parts]
     both = [(a, b) for a, b in pairs if a is not None and b is not None]
     return Evidence(
         identical=not steps if parts else None,
@@ -149,6 +149,9 @@ def _rerun(gathered: Gathered, cell: Cell, parts: list[Part], fresh: tuple[float
         fresh=fresh,
         step="; ".join(steps[:2]) + (f"; and {len(steps) - 2} more runs" if len(steps) > 2 else ""),
         images=_images(gathered.audited, cell),
+        lost=sum((a is None) != (b is None) for a, b in pairs),
+        repeated=len(parts),
+        runs=len(cell.parts),
     )
 
 
@@ -196,23 +199,25 @@ def _entry(gathered: Gathered, case: Case, verdict: verdicts.Verdict) -> dict[st
         "rerun_mean": again.content["mean"] if again and level > 1 and evidence.rerun else None,
         "runs": len(cell.parts), "rerun": sum(part.stage in gathered.reruns for part in cell.parts),
         "level": level, "verdict": verdict.name, "reason": verdict.reason, "numbers": verdict.numbers,
-        "inputs": verdicts.inputs(evidence, rule), "paper": paper(cell, gathered.policy.rule(*cell.address)),
+        "inputs": verdicts.inputs(evidence, rule),
+        "paper": paper(
+            cell.content["published"], cell.content["mean"], cell.values, gathered.policy.rule(*cell.address)
+        ),
     }  # fmt: skip
 
 
-def paper(cell: Cell, rule: Rule) -> dict[str, Any] | None:
-    """A transcribed value of the paper beside the cell's seeds; None where none was transcribed."""
-    value, mean = cell.content["published"], cell.content["mean"]
+def paper(value: float | None, mean: float | None, values: Sequence[float], rule: Rule) -> dict[str, Any] | None:
+    """A transcribed value of the paper beside the cell's mean and seeds; None where either is not there."""
     if value is None or mean is None:
         return None
     if rule.margin is not None:
         inside = abs(mean - value) <= rule.margin
         return {"value": value, "verdict": verdicts.CONSISTENT if inside else verdicts.DIVERGED,
                 "reason": f"{'within' if inside else 'beyond'} the declared ±{rule.margin:g}"}  # fmt: skip
-    spread = statistics.deviation(cell.values)
+    spread = statistics.deviation(values)
     if not spread:
         return {"value": value, "verdict": verdicts.INCONCLUSIVE, "reason": "fewer than two seeds here, no margin"}
-    half = verdicts.prediction(len(cell.values), 1, rule.alpha) * spread
+    half = verdicts.prediction(len(values), 1, rule.alpha) * spread
     inside = abs(mean - value) <= half
-    words = f"{'inside' if inside else 'outside'} the prediction interval ±{half:.3g} of {len(cell.values)} seeds"
+    words = f"{'inside' if inside else 'outside'} the prediction interval ±{half:.3g} of {len(values)} seeds"
     return {"value": value, "verdict": verdicts.CONSISTENT if inside else verdicts.DIVERGED, "reason": words}

@@ -39,6 +39,7 @@ REPRODUCED, DIVERGED, INCONCLUSIVE = "REPRODUCED", "DIVERGED", "INCONCLUSIVE"
 EXITS = {REPRODUCED: 0, DIVERGED: 1, INCONCLUSIVE: 2}
 WORK, MARK = "work", "work-of-mirepro-audit"
 """The work folder in an audit's, and the file in it without which a folder of this name is never removed."""
+UNJUDGED = "claims judged"
 BLIND = (
     "A publisher who chose seeds, data or claims after seeing results is not found by repeating the same runs; fresh "
     "seeds (--seeds) and the policy's date in git are the remedies.",
@@ -289,7 +290,9 @@ def assemble(
 ) -> dict[str, Any]:  # fmt: skip
     """The content of report.json."""
     judged = evidence.judge(gathered) if gathered else []
-    overall, why = conclude(options.level, checks, judged, controls)
+    ordinal, open_ones = judge_claims(audited, gathered, work) if gathered else ([], [])
+    checks = [*checks, *open_ones, *_fresh_check(options, gathered)]
+    overall, why = conclude(options.level, checks, judged, controls, ordinal)
     tier, threads = audited.profile.tier, audited.profile.threads
     key = determinism.key(tier, threads)
     return {
@@ -304,49 +307,93 @@ def assemble(
         "key": {"here": key, "pinned": committed_key(audited), "same": bool(gathered and gathered.same_key)},
         "counts": {name: sum(cell["verdict"] == name for cell in judged) for name in verdicts.LADDER},
         "checks": [asdict(check) for check in checks], "cells": judged,
-        "claims": judge_claims(audited, gathered, work) if gathered else [],
+        "claims": ordinal,
         "stages": [asdict(result) for _, result in sorted(gathered.reruns.items())] if gathered else [],
         "controls": list(controls), "limits": list(BLIND),
         "materials": {name: item.sha256 for name, item in sorted(audited.found.items())},
     }  # fmt: skip
 
 
+def _fresh_check(options: Options, gathered: Gathered | None) -> list[Check]:
+    """Says which `tost` rules fresh seeds do not serve, where there are fresh seeds."""
+    if not options.seeds or gathered is None:
+        return []
+    beyond = gathered.policy.beyond_fresh(cell.address for cell in gathered.committed)
+    if not beyond:
+        return [Check("fresh seeds", PASS, f"every tost rule is of cells of {policy.FRESH}, which fresh seeds measure")]
+    words = f"only cells of {policy.FRESH} are measured with fresh seeds; others under tost cannot be EQUIVALENT"
+    return [Check("fresh seeds", UNKNOWN, words, [f"{table}: {count} cells" for table, count in beyond.items()])]
+
+
 def conclude(
-    level: int, checks: Sequence[Check], judged: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]]
-) -> tuple[str, str]:
-    """The overall verdict and its reason: a failed check or a diverged cell is worse than anything undecided."""
-    failed = [check.name for check in checks if check.status == FAIL]
+    level: int, checks: Sequence[Check], judged: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]],
+    ordinal: Sequence[Mapping[str, Any]] = (),
+) -> tuple[str, str]:  # fmt: skip
+    """The overall verdict and its reason: what failed or diverged is worse than anything undecided."""
     names = [cell["verdict"] for cell in judged]
-    if failed or verdicts.DIVERGED in names:
-        parts = [f"failed checks: {', '.join(failed)}"] if failed else []
-        count = names.count(verdicts.DIVERGED)
-        return DIVERGED, "; ".join(parts + ([f"{count} of {len(names)} cells diverged"] if count else []))
+    wrong = _wrong(checks, names, ordinal)
+    if wrong:
+        return DIVERGED, "; ".join(wrong)
     if not all(control["differs"] for control in controls):
         return INCONCLUSIVE, "a negative control did not differ, so equality shows nothing"
-    open_ones = [name for name in names if name in (verdicts.INCONCLUSIVE, verdicts.MISSING, verdicts.FAILED)]
-    if open_ones:
-        return INCONCLUSIVE, f"{len(open_ones)} of {len(names)} cells are {', '.join(dict.fromkeys(open_ones)).lower()}"
-    absent = [check.name for check in checks if check.status == UNKNOWN and check.name in ("inputs", "outputs")]
-    if not level and absent:
-        return INCONCLUSIVE, f"{' and '.join(absent)} are not complete, so their digests could not be compared"
+    undecided = _undecided(level, checks, names, ordinal)
+    if undecided:
+        return INCONCLUSIVE, undecided
     if not names:
         return REPRODUCED, "everything there fits together"
     again = sum(cell["level"] > 1 for cell in judged)
     return REPRODUCED, f"all {len(names)} cells" + (f", {again} of them by re-runs" if level > 1 else " recomputed")
 
 
-def judge_claims(audited: Audited, gathered: Gathered, work: Path) -> list[dict[str, Any]]:
-    """The ordinal claims from committed and re-run metrics, beside the committed verdicts."""
-    file = gathered.policy.claims or claims.load()
-    path = audited.copy / "tables" / audited.name / "claims.json"
-    before: dict[str, Any] = {}
-    if path.is_file():
-        listed = safe.read_json(path).get("claims", [])
-        before = {str(item.get("text")): item.get("verdict") for item in listed if isinstance(item, dict)}
+def _wrong(checks: Sequence[Check], names: Sequence[str], ordinal: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What failed or diverged, in words."""
+    failed = [check.name for check in checks if check.status == FAIL]
+    count = names.count(verdicts.DIVERGED)
+    other = [item["id"] for item in ordinal if recompute.claim_verdict(item) == verdicts.DIVERGED]
+    return [
+        *([f"failed checks: {', '.join(failed)}"] if failed else []),
+        *([f"{count} of {len(names)} cells diverged"] if count else []),
+        *([f"claims with another verdict: {', '.join(other)}"] if other else []),
+    ]
+
+
+def _undecided(level: int, checks: Sequence[Check], names: Sequence[str], ordinal: Sequence[Mapping[str, Any]]) -> str:
+    """Why nothing is decided; empty if everything is."""
+    open_ones = [name for name in names if name in (verdicts.INCONCLUSIVE, verdicts.MISSING, verdicts.FAILED)]
+    if open_ones:
+        return f"{len(open_ones)} of {len(names)} cells are {', '.join(dict.fromkeys(open_ones)).lower()}"
+    unknown = [check.name for check in checks if check.status == UNKNOWN]
+    if UNJUDGED in unknown:
+        return "the claims could not be judged"
+    few = [item["id"] for item in ordinal if recompute.claim_verdict(item) == verdicts.INCONCLUSIVE]
+    if few:
+        return f"not enough seeds for claims: {', '.join(few)}"
+    absent = [name for name in unknown if name in ("inputs", "outputs")]
+    if not level and absent:
+        return f"{' and '.join(absent)} are not complete, so their digests could not be compared"
+    return ""
+
+
+def judge_claims(audited: Audited, gathered: Gathered, work: Path) -> tuple[list[dict[str, Any]], list[Check]]:
+    """The ordinal claims from committed and re-run metrics beside the verdicts that they should have.
+
+    The policy's own claims should be supported, the others have the committed verdict again.
+
+    Returns:
+        The claims, and a check that says why they could not be judged, if so.
+    """
+    own = gathered.policy.claims
+    before = recompute.committed_claims(audited.copy / "tables" / audited.name / recompute.CLAIMS[0])
+    verdict_of = {str(item.get("text")): str(item.get("verdict")) for item in before.values()}
     root = work / "merged" if gathered.reruns else work / "tables"
     try:
-        judged = recompute.judge_claims(root, audited.profile, file)
-    except (UserError, KeyError, TypeError, AttributeError, ValueError):
-        return []
+        judged = recompute.judge_claims(root, audited.profile, own or claims.load())
+    except recompute.DAMAGED as error:
+        words = str(error).replace(f"{root}/", "") or type(error).__name__
+        return [], [Check(UNJUDGED, UNKNOWN, "the claims could not be judged", [words[:300]])]
     kept = ("id", "text", "column", "n", "difference", "p_holm", "verdict")
-    return [{name: item[name] for name in kept} | {"committed": before.get(item["text"])} for item in judged]
+    committed = [verdict_of.get(item["text"]) for item in judged]
+    return [
+        {name: item[name] for name in kept} | {"committed": said, "wanted": recompute.wanted(bool(own), said)}
+        for item, said in zip(judged, committed, strict=True)
+    ], []

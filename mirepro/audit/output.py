@@ -1,6 +1,7 @@
 """What an audit leaves: report.json, report.html, ro-crate-metadata.json and the signed statement over them."""
 
 import errno
+import math
 import os
 import traceback
 from collections.abc import Iterator, Mapping
@@ -9,8 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mirepro import files
-from mirepro.audit import integrity, levels, page, safe, statement, verdicts
+from mirepro import files, params
+from mirepro.audit import evidence as judging
+from mirepro.audit import integrity, levels, page, policy, recompute, safe, statement, verdicts
+from mirepro.audit.verdicts import Evidence, Rule, Verdict
 from mirepro.errors import UserError
 
 REPORT, PAGE, CRATE, ENVELOPE = "report.json", "report.html", "ro-crate-metadata.json", "audit.dsse.json"
@@ -77,9 +80,9 @@ def write(out: Path, report: Mapping[str, Any], key: Path | None) -> None:
 
 def predicate(report: Mapping[str, Any]) -> dict[str, Any]:
     """in-toto's Test Result: the overall verdict, and what was audited under which policy."""
-    source, policy = report["source"], report["policy"]
+    source, rules = report["source"], report["policy"]
     inputs = [{"name": "source", "digest": _commit(source) | {"sha256": source["sha256"]}}]
-    inputs += [{"name": "policy", "digest": {"sha256": policy["sha256"]}}] if policy["sha256"] else []
+    inputs += [{"name": "policy", "digest": {"sha256": rules["sha256"]}}] if rules["sha256"] else []
     names: dict[str, list[str]] = {"passedTests": [], "warnedTests": [], "failedTests": []}
     for check in report["checks"]:
         kind = {integrity.PASS: "passedTests", integrity.FAIL: "failedTests"}.get(check["status"], "warnedTests")
@@ -182,16 +185,51 @@ def verify(path: Path, key: Path | None) -> tuple[int, list[str]]:
 
 
 def recheck(report: Mapping[str, Any]) -> list[str]:
-    """Computes every verdict, the counts and the conclusion again from the report's own inputs."""
-    found = verdicts.judge([verdicts.from_inputs(cell["inputs"]) for cell in report["cells"]])
+    """Computes every verdict, the counts and the conclusion again from the report's own inputs and policy.
+
+    Raises:
+        UserError: Inputs or policy are not of the documented form.
+    """
+    declared = params.build(policy.Policy, report["policy"]["content"], "policy")
+    cases = [verdicts.from_inputs(cell["inputs"]) for cell in report["cells"]]
+    found = verdicts.judge(cases)
     wrong = [
-        f"{cell['table']}/{cell['row']}/{cell['column']}: says {cell['verdict']}, its inputs give {verdict.name}"
-        for cell, verdict in zip(report["cells"], found, strict=True)
-        if (cell["verdict"], cell["reason"]) != (verdict.name, verdict.reason)
-    ]  # fmt: skip
+        f"{cell['table']}/{cell['row']}/{cell['column']}: {words}"
+        for cell, case, verdict in zip(report["cells"], cases, found, strict=True)
+        for words in _contradictions(cell, case, verdict, declared)
+    ]
+    wanted = [recompute.wanted(declared.claims is not None, item["committed"]) for item in report["claims"]]
+    if wanted != [item["wanted"] for item in report["claims"]]:
+        wrong.append("claims: measured against other verdicts than the policy's")
     counts = {name: sum(verdict.name == name for verdict in found) for name in verdicts.LADDER}
     checks = [integrity.Check(**item) for item in report["checks"]]
-    overall = levels.conclude(report["level"], checks, report["cells"], report["controls"])
+    overall = levels.conclude(report["level"], checks, report["cells"], report["controls"], report["claims"])
     if counts != report["counts"] or overall != (report["verdict"], report["why"]):
-        wrong.append(f"the report concludes {report['verdict']}, its cells and checks give {overall[0]}")
+        wrong.append(f"the report concludes {report['verdict']}, its cells, claims and checks give {overall[0]}")
     return wrong if report["exit_code"] == levels.EXITS[overall[0]] else [*wrong, "the exit code is another one"]
+
+
+def _contradictions(
+    cell: Mapping[str, Any], case: tuple[Evidence, Rule], verdict: Verdict, declared: policy.Policy
+) -> list[str]:
+    """What a cell says that its inputs and the policy do not give; a level 1 comparison is exact under any policy."""
+    (evidence, rule), stated = case, declared.rule(cell["table"], cell["row"], cell["column"])
+    published = None if cell["paper"] is None else cell["paper"]["value"]
+    paper = judging.paper(published, cell["committed"]["mean"], evidence.published, stated)
+    found = {
+        f"says {cell['verdict']}, its inputs give {verdict.name}":
+            (cell["verdict"], cell["reason"]) != (verdict.name, verdict.reason),
+        "its inputs give other numbers": not close(cell["numbers"], verdict.numbers),
+        "judged by another rule than the policy's": rule != (stated if cell["level"] > 1 else Rule()),
+        "its inputs say something else of the paper's value": cell["paper"] != paper,
+    }  # fmt: skip
+    return [words for words, wrong in found.items() if wrong]
+
+
+def close(one: Any, other: Any) -> bool:
+    """Equality of plain values but for what special functions of other CPUs do to the last digits."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(close(one[name], other[name]) for name in one)
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
+    return bool(one == other)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mirepro.audit import integrity, verdicts
+from mirepro.audit import integrity, recompute, verdicts
 from mirepro.report import page, tables, text
 
 MARKS = {
@@ -49,12 +49,21 @@ def context(report: Mapping[str, Any], key: str | None) -> dict[str, Any]:
         "overview": [(name, _share(report["counts"].get(name, 0), len(cells))) for name in verdicts.LADDER],
         "matrix": [(name, count([cell for cell in cells if cell["table"] == name])) for name in names],
         "tables": [present(name, [cell for cell in cells if cell["table"] == name]) for name in names],
+        "claims": [(claim, recompute.claim_verdict(claim)) for claim in report["claims"]],
         "papers": [cell for cell in cells if cell["paper"]],
+        "untranscribed": sum(cell["paper"] is None for cell in cells),
+        "departures": departures(report["key"]),
         "graph": graph(report),
         "key": page.flat(report["key"]["here"]), "pinned": page.flat(report["key"]["pinned"]),
         "rules": report["policy"]["content"].get("rules", []),
         "signed": key,
     }  # fmt: skip
+
+
+def departures(key: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(library, version here, version that the source pins) wherever both are known and differ."""
+    here, pinned = key["here"].get("versions", {}), key["pinned"]
+    return [(name, here[name], pinned[name]) for name in sorted(here.keys() & pinned) if here[name] != pinned[name]]
 
 
 def _share(number: int, total: int) -> dict[str, Any]:

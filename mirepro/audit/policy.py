@@ -2,7 +2,6 @@
 
 import fnmatch
 import hashlib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from mirepro.report import statistics
 from mirepro.report.claims import Claims
 
 SCHEMA = "mirepro.audit-policy/1"
+FRESH = "T1"
+"""The table whose cells fresh seeds measure."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,12 @@ class Pattern:
     alpha: float = 0.05
 
     def __post_init__(self) -> None:
-        where = f"audit policy: rule {self.table}/{self.row}/{self.column}"
-        if self.test not in verdicts.TESTS:
-            raise UserError(f"{where}: test {self.test!r} is unknown; known: {', '.join(verdicts.TESTS)}")
-        if (self.margin is None) != (self.test == "exact"):
-            raise UserError(f"{where}: tost and band need a margin, exact takes none; correct the rule")
-        if self.margin is not None and not 0 < self.margin < math.inf:
-            raise UserError(f"{where}: margin {self.margin} is impossible; use a positive number of the cell's unit")
-        if not 0 < self.alpha <= 0.1:
-            raise UserError(f"{where}: alpha {self.alpha} is impossible; use more than 0 and at most 0.1")
+        verdicts.check_rule(self.rule, f"audit policy: rule {self.table}/{self.row}/{self.column}")
+
+    @property
+    def rule(self) -> verdicts.Rule:
+        """How the cells are judged."""
+        return verdicts.Rule(self.test, self.margin, self.alpha)
 
     def matches(self, table: str, row: str, column: str) -> bool:
         """Whether the line speaks of a cell."""
@@ -60,7 +58,12 @@ class Policy:
     def rule(self, table: str, row: str, column: str) -> verdicts.Rule:
         """The rule of a cell."""
         found = [pattern for pattern in self.rules if pattern.matches(table, row, column)]
-        return verdicts.Rule(found[-1].test, found[-1].margin, found[-1].alpha) if found else verdicts.Rule()
+        return found[-1].rule if found else verdicts.Rule()
+
+    def beyond_fresh(self, cells: Iterable[tuple[str, str, str]]) -> dict[str, int]:
+        """How many cells of each table have a `tost` rule that fresh seeds cannot serve, which measure T1 only."""
+        tables = [cell[0] for cell in cells if cell[0] != FRESH and self.rule(*cell).test == "tost"]
+        return {table: tables.count(table) for table in sorted(set(tables))}
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def load(path: Path | None, origin: str) -> Loaded:
 
 
 def check(policy: Policy, cells: Mapping[tuple[str, str, str], Iterable[float]], fresh: int | None = None) -> list[str]:
-    """What is wrong with a policy for given tables: lines that name no cell, and margins that no test can use.
+    """What is wrong with a policy for given tables: lines and claims about no cell, margins that no test can use.
 
     Args:
         policy: The policy.
@@ -101,6 +104,11 @@ def check(policy: Policy, cells: Mapping[tuple[str, str, str], Iterable[float]],
     problems = [
         f"rule {p.table}/{p.row}/{p.column} names no cell of the tables"
         for p in policy.rules if not any(p.matches(*cell) for cell in cells)
+    ]  # fmt: skip
+    problems += [
+        f"claim {claim.id}: {claim.table}/{row}/{claim.column} is no cell of the tables"
+        for claim in (policy.claims.claims if policy.claims else ())
+        for row in (claim.better, claim.than) if (claim.table, row, claim.column) not in cells
     ]  # fmt: skip
     for cell, published in cells.items():
         values = list(published)

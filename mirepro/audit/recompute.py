@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mirepro import files, profiles
-from mirepro.audit import boxes, cells, integrity, safe
+from mirepro.audit import boxes, cells, integrity, safe, verdicts
 from mirepro.audit.integrity import Audited, Check
 from mirepro.audit.sandbox import Sandbox, Worker
 from mirepro.errors import UserError
@@ -15,6 +15,8 @@ from mirepro.report import claims, tables
 
 SECONDS = 900.0
 CLAIMS = ("claims.json", "claims.md")
+DAMAGED = (UserError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
+"""What metrics of another form than the documented one raise."""
 
 
 @dataclass
@@ -39,7 +41,7 @@ def recompute(audited: Audited, box: Path, sandbox: Sandbox) -> Recomputed:
     boxes.put(audited.copy, box, [f"metrics/{name}", f"runs/{name}", "docs/deviations.md"])
     try:
         made = cells.make(box, profile)
-    except (UserError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except DAMAGED as error:
         return Recomputed(missing=f"the tables cannot be made from the metrics: {_words(error, box)}")
     result = Recomputed(made)
     with Worker(sandbox, box, profile) as worker:
@@ -52,19 +54,54 @@ def _compare(audited: Audited, box: Path, profile: profiles.Profile, worker: Wor
     made, name = result.made, profile.name
     outcome = worker.run("tables", SECONDS)
     if outcome.code:
-        reason = f"claims need the answers per image in runs/{name}/evaluate (--remote): {_words(outcome.tail, box)}"
-        result.checks.append(Check("claims", integrity.UNKNOWN, "not recomputed", [reason]))
         _write(made, box / "tables" / name)
-    result.checks.append(_files(audited, box, made, whole=not outcome.code))
+        result.checks.append(_claims(audited, box, profile, _words(outcome.tail, box)))
+    result.checks.append(_files(audited, box, made))
     result.checks.append(_page(audited, box, profile, worker, ready=not outcome.code))
 
 
 def _write(made: Mapping[str, Any], folder: Path) -> None:
-    """The tables without the claims, which need more than metrics."""
+    """The tables without the claims."""
     shutil.rmtree(folder, ignore_errors=True)
     for name, table in made.items():
         files.write_json(folder / f"{name}.json", table)
         files.write_text(folder / f"{name}.md", tables.markdown(table))
+
+
+def _claims(audited: Audited, box: Path, profile: profiles.Profile, reason: str) -> Check:
+    """Writes the claims where the answers per image are not there: their intervals over images are the committed ones.
+
+    All else follows from the metrics, and is compared with the committed files as the tables are.
+    """
+    file, folder = claims.load(), f"tables/{profile.name}"
+    try:
+        judged = judge_claims(box, profile, file)
+    except DAMAGED as error:
+        return Check("claims", integrity.FAIL, "the metrics give no claims", [_words(error, box)])
+    before = committed_claims(audited.copy / folder / CLAIMS[0])
+    for item in judged:
+        item["bootstrap"] = _span(before.get(item["id"], {}).get("bootstrap"))
+    tables.write_claims(box / folder, file, judged)
+    words = "recomputed but for the intervals over test images, which stand as committed"
+    lacking = f"they need the answers per image in runs/{profile.name}/evaluate (--remote): {reason}"
+    return Check("claims", integrity.UNKNOWN, words, [lacking])
+
+
+def committed_claims(path: Path) -> dict[str, dict[str, Any]]:
+    """The committed claims by id; empty where there is no such file, or one of another form."""
+    try:
+        content = safe.read_json(path)
+    except UserError:
+        return {}
+    listed = content.get("claims") if isinstance(content, dict) else None
+    items = listed if isinstance(listed, list) else []
+    return {str(item.get("id")): item for item in items if isinstance(item, dict)}
+
+
+def _span(value: Any) -> list[float] | None:
+    """A committed interval of differences in percent; None where it is none."""
+    plain = isinstance(value, list) and len(value) == 2 and all(type(limit) in (int, float) for limit in value)
+    return value if plain and all(abs(limit) <= 100 for limit in value) else None
 
 
 def _words(error: object, box: Path) -> str:
@@ -73,12 +110,11 @@ def _words(error: object, box: Path) -> str:
     return text.strip().splitlines()[-1].replace(f"{box}/", "")[:300]
 
 
-def _files(audited: Audited, box: Path, made: Mapping[str, Any], whole: bool) -> Check:
+def _files(audited: Audited, box: Path, made: Mapping[str, Any]) -> Check:
     """Every file under tables/ against the recomputed one, both ways."""
     folder = f"tables/{audited.name}"
     committed = {path.name for path in (audited.copy / folder).glob("*") if path.is_file()}
-    wanted = {f"{name}.{suffix}" for name in made for suffix in ("json", "md")} | (set(CLAIMS) if whole else set())
-    compared = committed | wanted if whole else (committed | wanted) - set(CLAIMS)
+    compared = committed | {f"{name}.{suffix}" for name in made for suffix in ("json", "md")} | set(CLAIMS)
     wrong = []
     for name in sorted(compared):
         theirs, ours = audited.copy / folder / name, box / folder / name
@@ -128,9 +164,21 @@ def control(audited: Audited, box: Path) -> dict[str, Any]:
 
 
 def judge_claims(root: Path, profile: profiles.Profile, file: claims.Claims) -> list[dict[str, Any]]:
-    """Verdicts on the ordinal claims from the metrics (and answers per image) in `root`.
+    """Verdicts on the ordinal claims from the metrics in `root`.
 
     Raises:
-        UserError: Metrics or answers are missing.
+        UserError: Metrics are missing.
     """
-    return claims.judge(root, profile.name, profile.values["tables"], file)
+    return claims.judge(root, profile.name, profile.values["tables"], file, images=False)
+
+
+def claim_verdict(item: Mapping[str, Any]) -> str:
+    """A judged claim against the verdict that it should have."""
+    if item["verdict"] == item["wanted"]:
+        return verdicts.EXACT
+    return verdicts.INCONCLUSIVE if item["verdict"] == claims.SEEDS else verdicts.DIVERGED
+
+
+def wanted(own: bool, committed: str | None) -> str | None:
+    """The verdict that a claim should have: the policy's own are supported, the others as they were committed."""
+    return claims.SUPPORTED if own else committed

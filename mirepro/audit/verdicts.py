@@ -1,8 +1,9 @@
 """The ladder of verdicts: pure functions from evidence and rule to a verdict, which a third party can compute again.
 
 Statistics: two one-sided t tests (Schuirmann 1987) on fresh, disjoint seeds, of Welch and with the fresh seeds' spread
-alone, with Holm's correction over the cells so tested; a prediction interval for re-runs, of level alpha and, corrected
-for many cells, alpha / cells.
+alone, with Holm's correction over the cells so tested; a prediction interval for further runs, of level alpha and,
+corrected for many cells, alpha / cells. Re-runs of published seeds hardly leave it, since an original lies at most
+(n - 1) / sqrt(n) standard deviations from the mean of its n; their own changes have to be within the margin too.
 """
 
 import math
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mirepro import params
+from mirepro.errors import UserError
 from mirepro.report import statistics
 
 EXACT, EQUIVALENT, CONSISTENT = "EXACT", "EQUIVALENT", "CONSISTENT"
@@ -24,7 +26,7 @@ LADDER = (EXACT, EQUIVALENT, CONSISTENT, INCONCLUSIVE, DIVERGED, MISSING, FAILED
 MEANINGS = {
     EXACT: "the same bytes came out",
     EQUIVALENT: "fresh seeds have the same mean within the declared margin (two one-sided tests)",
-    CONSISTENT: "the re-run lies where the published values or the declared band expect it",
+    CONSISTENT: "a further run lies where the published values, re-runs where the declared band or margin, expect it",
     INCONCLUSIVE: "too few seeds, or no test applies",
     DIVERGED: "the result was not reproduced",
     MISSING: "something needed for the comparison is not there",
@@ -59,6 +61,9 @@ class Evidence:
         missing: What is not there; empty if nothing.
         failed: The error; empty if none.
         images: Test images behind an accuracy in percent, for its binomial noise.
+        lost: Repeated runs with a value on one side only.
+        repeated: How many of the cell's runs were run again.
+        runs: How many it has; 0 where nothing was run again.
     """
 
     identical: bool | None
@@ -71,6 +76,9 @@ class Evidence:
     missing: str = ""
     failed: str = ""
     images: int | None = None
+    lost: int = 0
+    repeated: int = 0
+    runs: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,22 @@ def judge(cases: Sequence[tuple[Evidence, Rule]]) -> list[Verdict]:
     ]
 
 
+def check_rule(rule: Rule, where: str) -> None:
+    """Refuses a rule that judges nothing.
+
+    Raises:
+        UserError: Unknown test, a margin too many or too few, an impossible value.
+    """
+    if rule.test not in TESTS:
+        raise UserError(f"{where}: test {rule.test!r} is unknown; known: {', '.join(TESTS)}")
+    if (rule.margin is None) != (rule.test == "exact"):
+        raise UserError(f"{where}: tost and band need a margin, exact takes none; correct the rule")
+    if rule.margin is not None and not 0 < rule.margin < math.inf:
+        raise UserError(f"{where}: margin {rule.margin} is impossible; use a positive number of the cell's unit")
+    if not 0 < rule.alpha <= 0.1:
+        raise UserError(f"{where}: alpha {rule.alpha} is impossible; use more than 0 and at most 0.1")
+
+
 def _margin(rule: Rule) -> float:
     if rule.margin is None:
         raise ValueError(f"a rule of test {rule.test} needs a margin")
@@ -106,9 +130,9 @@ def _testable(evidence: Evidence, rule: Rule) -> bool:
 
 
 def _predictable(evidence: Evidence, rule: Rule) -> bool:
-    new = evidence.rerun or evidence.fresh
+    new = bool(evidence.fresh) or not _unpaired(evidence)
     open_question = evidence.identical is not True and not evidence.failed and not evidence.missing
-    return rule.test == "tost" and open_question and bool(new) and not _testable(evidence, rule)
+    return rule.test == "tost" and open_question and new and not _testable(evidence, rule)
 
 
 def _verdict(
@@ -119,12 +143,21 @@ def _verdict(
     if evidence.missing:
         return Verdict(MISSING, evidence.missing)
     fresh = None if test is None or holm is None else _fresh(rule, test, holm, tests)
-    if evidence.identical:
-        return _identical(evidence, fresh)
-    verdict = fresh or _other(evidence, rule, intervals)
-    step = f" First difference: {evidence.step}." if evidence.step else ""
+    verdict = _identical(evidence, fresh) if evidence.identical else fresh or _other(evidence, rule, intervals)
+    return _complete(evidence, verdict)
+
+
+def _complete(evidence: Evidence, verdict: Verdict) -> Verdict:
+    """Adds what one has to know beside a verdict: the first difference, the runs behind it, the test set's noise."""
     noise = {} if verdict.name == EXACT else binomial(evidence)
-    return replace(verdict, reason=verdict.reason + step, numbers=verdict.numbers | noise)
+    words = [
+        verdict.reason,
+        f"First difference: {evidence.step}." if evidence.step else "",
+        f"Runs repeated: {evidence.repeated} of {evidence.runs}." if evidence.runs else "",
+        f"Drawing {evidence.images} test images alone gives ±{noise['test_set']['binomial_sd']:.2g} points (1 sd)."
+        if noise else "",
+    ]  # fmt: skip
+    return replace(verdict, reason=" ".join(filter(None, words)), numbers=verdict.numbers | noise)
 
 
 def _identical(evidence: Evidence, fresh: Verdict | None) -> Verdict:
@@ -140,13 +173,31 @@ def _other(evidence: Evidence, rule: Rule, intervals: int) -> Verdict:
     """Bytes differ and fresh seeds were not tested."""
     if evidence.identical is None and not (evidence.rerun or evidence.fresh):
         return Verdict(INCONCLUSIVE, "Nothing was compared.")
+    if rule.test == "exact":
+        return _exact(evidence)
+    if rule.test == "tost" and evidence.fresh:
+        return _interval(evidence, evidence.fresh, rule, intervals)
+    unpaired = _unpaired(evidence)
+    if unpaired:
+        return Verdict(INCONCLUSIVE, unpaired)
     if rule.test == "band":
         return _band(evidence, _margin(rule))
-    if rule.test == "tost" and (evidence.rerun or evidence.fresh):
-        return _interval(evidence, rule, intervals)
+    return _paired(evidence, _interval(evidence, evidence.rerun, rule, intervals), _margin(rule))
+
+
+def _exact(evidence: Evidence) -> Verdict:
     if evidence.same_key:
         return Verdict(DIVERGED, "The bytes differ under the same determinism key, and the policy asks for exactness.")
     return Verdict(INCONCLUSIVE, "The bytes differ, the determinism keys differ too, and the policy names no test.")
+
+
+def _unpaired(evidence: Evidence) -> str:
+    """Why re-runs cannot stand beside their originals; empty if they can."""
+    if evidence.lost:
+        return f"{evidence.lost} of {evidence.repeated} repeated runs have a value on one side only; no test applies."
+    if not evidence.rerun or len(evidence.rerun) != len(evidence.originals):
+        return "Re-runs of published seeds are compared with their originals, and none was re-run."
+    return ""
 
 
 def _fresh(rule: Rule, test: dict[str, Any], holm: float, tests: int) -> Verdict:
@@ -163,10 +214,7 @@ def _fresh(rule: Rule, test: dict[str, Any], holm: float, tests: int) -> Verdict
 
 
 def _band(evidence: Evidence, band: float) -> Verdict:
-    if len(evidence.rerun) != len(evidence.originals) or not evidence.rerun:
-        return Verdict(INCONCLUSIVE, "A band compares re-runs of published seeds, and none was re-run.")
-    pairs = zip(evidence.rerun, evidence.originals, strict=True)
-    largest = max(abs(new - old) for new, old in pairs)
+    largest = _largest(evidence)
     numbers = {"band": {"largest": largest, "band": band}}
     if largest <= band:
         words = f"The largest change of a re-run, {largest:.4g}, is within the declared band ±{band:g}."
@@ -174,9 +222,25 @@ def _band(evidence: Evidence, band: float) -> Verdict:
     return Verdict(DIVERGED, f"A re-run changed by {largest:.4g}, more than the declared band ±{band:g}.", numbers)
 
 
-def _interval(evidence: Evidence, rule: Rule, cells: int) -> Verdict:
-    """Re-runs against the prediction interval of the published seeds."""
-    new, published = evidence.fresh or evidence.rerun, evidence.published
+def _largest(evidence: Evidence) -> float:
+    return max(abs(new - old) for new, old in zip(evidence.rerun, evidence.originals, strict=True))
+
+
+def _paired(evidence: Evidence, verdict: Verdict, margin: float) -> Verdict:
+    """Inside the interval, where re-runs of published seeds lie almost always, only a small change is consistent."""
+    if verdict.name != CONSISTENT:
+        return verdict
+    largest = _largest(evidence)
+    numbers = verdict.numbers | {"paired": {"largest": largest, "margin": margin}}
+    words = f"{verdict.reason} Re-runs of published seeds hardly leave it; the largest change of one, {largest:.4g}, is"
+    if largest <= margin:
+        return Verdict(CONSISTENT, f"{words} within the declared margin ±{margin:g}.", numbers)
+    return Verdict(INCONCLUSIVE, f"{words} more than the declared margin ±{margin:g}.", numbers)
+
+
+def _interval(evidence: Evidence, new: Sequence[float], rule: Rule, cells: int) -> Verdict:
+    """Further runs against the prediction interval of the published seeds."""
+    published = evidence.published
     spread = statistics.deviation(published)
     if not spread:
         few = len(published) < 2
@@ -309,11 +373,8 @@ def from_inputs(values: dict[str, Any]) -> tuple[Evidence, Rule]:
     """The inverse of `inputs`.
 
     Raises:
-        UserError: Unknown key, wrong type, or a rule that no policy may have.
+        UserError: Unknown key, wrong type, or a rule that judges nothing.
     """
-    from mirepro.audit.policy import Pattern  # which imports this module
-
-    evidence = params.build(Evidence, values.get("evidence"), "evidence")
     rule = params.build(Rule, values.get("rule"), "rule")
-    Pattern(**asdict(rule))
-    return evidence, rule
+    check_rule(rule, "rule")
+    return params.build(Evidence, values.get("evidence"), "evidence"), rule

@@ -49,6 +49,15 @@ class Claims:
     seeds: int
     claims: tuple[Claim, ...]
 
+    def __post_init__(self) -> None:
+        names = [claim.id for claim in self.claims]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise UserError(f"claims.{twice[0]}: two claims share an id; rename one")
+        if not 0 < self.alpha < 1 or self.seeds < 2:
+            words = f"alpha {self.alpha:g}, seeds {self.seeds}"
+            raise UserError(f"claims: {words}: alpha must lie in (0, 1) and seeds be at least 2; correct them")
+
 
 def load(path: Path = PATH) -> Claims:
     """Reads and checks the claims file.
@@ -56,22 +65,25 @@ def load(path: Path = PATH) -> Claims:
     Raises:
         UserError: Unknown or missing key, wrong type, impossible value, two claims of one id.
     """
-    result = params.build(Claims, params.read_yaml(path), path.name)
-    names = [claim.id for claim in result.claims]
-    if len(set(names)) != len(names):
-        raise UserError(f"{path}: two claims share an id; rename one")
-    if not 0 < result.alpha < 1 or result.seeds < 2:
-        raise UserError(f"{path}: alpha must lie in (0, 1) and seeds be at least 2")
-    return result
+    return params.build(Claims, params.read_yaml(path), path.name)
 
 
-def judge(root: Path, profile: str, layout: Mapping[str, Any], claims: Claims) -> list[dict[str, Any]]:
+def judge(
+    root: Path, profile: str, layout: Mapping[str, Any], claims: Claims, images: bool = True
+) -> list[dict[str, Any]]:
     """One verdict per claim, in the file's order.
 
     Holm's family is the whole file: a claim that cannot be tested counts with p = 1.
+
+    Args:
+        root: Folder that holds metrics/ and, for `images`, runs/.
+        profile: Name of the profile.
+        layout: Its tables.
+        claims: What is judged.
+        images: Whether the interval over test images is made, which needs the answers per image; no verdict does.
     """
     rows = {table: metrics.records(root, profile, layout, table) for table in {c.table for c in claims.claims}}
-    results = [_measure(root, profile, rows[claim.table], claim) for claim in claims.claims]
+    results = [_measure(root, profile, rows[claim.table], claim, images) for claim in claims.claims]
     adjusted = statistics.holm([r["p"] if r["n"] >= claims.seeds else 1.0 for r in results])
     for result, p in zip(results, adjusted, strict=True):
         enough = result["n"] >= claims.seeds
@@ -85,11 +97,13 @@ def rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 6) + 0.0
 
 
-def _measure(root: Path, profile: str, rows: dict[str, list[metrics.Record]], claim: Claim) -> dict[str, Any]:
+def _measure(
+    root: Path, profile: str, rows: dict[str, list[metrics.Record]], claim: Claim, answers: bool
+) -> dict[str, Any]:
     pairs = _pairs(rows.get(claim.better, []), rows.get(claim.than, []), claim.column)
     differences = [a - b for _, _, a, b in pairs]
     limits = statistics.interval(differences) if differences else None
-    images = _bootstrap(root, profile, pairs, claim)
+    images = _bootstrap(root, profile, pairs, claim) if answers else None
     return {
         "id": claim.id,
         "text": claim.text,

@@ -65,9 +65,7 @@ def build(root: Path, profile: str, layout: Mapping[str, Any]) -> None:
             files.write_json(folder / f"{name}.json", table)
             files.write_text(folder / f"{name}.md", markdown(table))
     file = claims.load()
-    verdicts = claims.judge(root, profile, layout, file)
-    files.write_json(folder / "claims.json", {"alpha": file.alpha, "seeds": file.seeds, "claims": verdicts})
-    files.write_text(folder / "claims.md", claims_markdown(file, verdicts))
+    write_claims(folder, file, claims.judge(root, profile, layout, file))
 
 
 def find(root: Path, name: str) -> Path:
@@ -210,6 +208,12 @@ def markdown(table: Table) -> str:
         parts.append(text.pipe_table(head, lines))
     parts.append("Mean ± sample standard deviation over seeds; n/a: not measured or not defined.\n")
     return "\n".join(part for part in parts if part)
+
+
+def write_claims(folder: Path, file: claims.Claims, verdicts: list[dict[str, Any]]) -> None:
+    """Writes `claims.{json,md}`."""
+    files.write_json(folder / "claims.json", {"alpha": file.alpha, "seeds": file.seeds, "claims": verdicts})
+    files.write_text(folder / "claims.md", claims_markdown(file, verdicts))
 
 
 def claims_markdown(file: claims.Claims, verdicts: list[dict[str, Any]]) -> str:
