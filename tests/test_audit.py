@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from audited import Project, commit
 
-from mirepro.audit import integrity, levels, output, page, release, sandbox, selftest, source, statement
+from mirepro.audit import conclusion, integrity, levels, output, page, release, sandbox, selftest, source, statement
 from mirepro.audit.levels import Options
 from mirepro.errors import UserError
 
@@ -495,20 +495,20 @@ def test_conclusion() -> None:
     good, bad = {"verdict": "EXACT", "level": 1}, {"verdict": "DIVERGED", "level": 2}
     check = integrity.Check("x", "fail", "")
     yes, no = {"differs": True}, {"differs": False}
-    assert levels.conclude(1, [], [good], [yes]) == ("REPRODUCED", "all 1 cells recomputed")
+    assert conclusion.conclude(1, [], [good], [yes]) == ("REPRODUCED", "all 1 cells recomputed")
     again = {"verdict": "EXACT", "level": 2}
-    assert levels.conclude(2, [], [good, again], [yes])[1] == "all 2 cells, 1 of them by re-runs"
-    assert levels.conclude(1, [], [good], [yes, no])[0] == "INCONCLUSIVE"
-    assert levels.conclude(1, [], [good, {"verdict": "MISSING"}], [yes])[0] == "INCONCLUSIVE"
-    assert levels.conclude(1, [], [good, bad, {"verdict": "MISSING"}], [yes])[0] == "DIVERGED"
-    assert levels.conclude(1, [check], [good], [yes])[0] == "DIVERGED"
+    assert conclusion.conclude(2, [], [good, again], [yes])[1] == "all 2 cells, 1 of them by re-runs"
+    assert conclusion.conclude(1, [], [good], [yes, no])[0] == "INCONCLUSIVE"
+    assert conclusion.conclude(1, [], [good, {"verdict": "MISSING"}], [yes])[0] == "INCONCLUSIVE"
+    assert conclusion.conclude(1, [], [good, bad, {"verdict": "MISSING"}], [yes])[0] == "DIVERGED"
+    assert conclusion.conclude(1, [check], [good], [yes])[0] == "DIVERGED"
     claim = {"id": "a", "verdict": "supported", "wanted": "supported"}
-    assert levels.conclude(1, [], [good], [yes], [claim])[0] == "REPRODUCED"
-    assert levels.conclude(1, [], [good], [yes], [claim | {"verdict": "not supported"}])[0] == "DIVERGED"
-    assert levels.conclude(1, [], [good], [yes], [claim | {"wanted": None}])[0] == "DIVERGED"
-    assert levels.conclude(1, [], [good], [yes], [claim | {"verdict": "not enough seeds"}])[0] == "INCONCLUSIVE"
-    unjudged = integrity.Check(levels.UNJUDGED, "not checked", "")
-    assert levels.conclude(1, [unjudged], [good], [yes]) == ("INCONCLUSIVE", "the claims could not be judged")
+    assert conclusion.conclude(1, [], [good], [yes], [claim])[0] == "REPRODUCED"
+    assert conclusion.conclude(1, [], [good], [yes], [claim | {"verdict": "not supported"}])[0] == "DIVERGED"
+    assert conclusion.conclude(1, [], [good], [yes], [claim | {"wanted": None}])[0] == "DIVERGED"
+    assert conclusion.conclude(1, [], [good], [yes], [claim | {"verdict": "not enough seeds"}])[0] == "INCONCLUSIVE"
+    unjudged = integrity.Check(conclusion.UNJUDGED, "not checked", "")
+    assert conclusion.conclude(1, [unjudged], [good], [yes]) == ("INCONCLUSIVE", "the claims could not be judged")
 
 
 def test_claims_that_cannot_be_judged(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -519,7 +519,8 @@ def test_claims_that_cannot_be_judged(project: Project, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(levels.recompute, "judge_claims", damaged)
     report = audit(project.root, tmp_path / "out", 1)
-    assert (report["verdict"], report["claims"], states(report)[levels.UNJUDGED]) == ("INCONCLUSIVE", [], "not checked")
+    assert (report["verdict"], report["claims"]) == ("INCONCLUSIVE", [])
+    assert states(report)[conclusion.UNJUDGED] == "not checked"
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from typing import Any
 from mirepro import determinism, environment, files
 from mirepro.audit import (
     cells,
+    conclusion,
     control,
     evidence,
     integrity,
@@ -32,14 +33,10 @@ from mirepro.audit.evidence import Gathered
 from mirepro.audit.integrity import FAIL, PASS, UNKNOWN, Audited, Check
 from mirepro.audit.sandbox import OWN, Sandbox
 from mirepro.errors import UserError
-from mirepro.report import claims
 
 SCHEMA = "mirepro.audit/1"
-REPRODUCED, DIVERGED, INCONCLUSIVE = "REPRODUCED", "DIVERGED", "INCONCLUSIVE"
-EXITS = {REPRODUCED: 0, DIVERGED: 1, INCONCLUSIVE: 2}
 WORK, MARK = "work", "work-of-mirepro-audit"
 """The work folder in an audit's, and the file in it without which a folder of this name is never removed."""
-UNJUDGED = "claims judged"
 BLIND = (
     "A publisher who chose seeds, data or claims after seeing results is not found by repeating the same runs; fresh "
     "seeds (--seeds) and the policy's date in git are the remedies.",
@@ -290,13 +287,13 @@ def assemble(
 ) -> dict[str, Any]:  # fmt: skip
     """The content of report.json."""
     judged = evidence.judge(gathered) if gathered else []
-    ordinal, open_ones = judge_claims(audited, gathered, work) if gathered else ([], [])
+    ordinal, open_ones = conclusion.judge_claims(audited, gathered, work) if gathered else ([], [])
     checks = [*checks, *open_ones, *_fresh_check(options, gathered)]
-    overall, why = conclude(options.level, checks, judged, controls, ordinal)
+    overall, why = conclusion.conclude(options.level, checks, judged, controls, ordinal)
     tier, threads = audited.profile.tier, audited.profile.threads
     key = determinism.key(tier, threads)
     return {
-        "schema": SCHEMA, "verdict": overall, "why": why, "exit_code": EXITS[overall],
+        "schema": SCHEMA, "verdict": overall, "why": why, "exit_code": conclusion.EXITS[overall],
         "level": options.level, "profile": audited.name, "select": list(options.select), "seeds": options.seeds,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts,
         "judge": {
@@ -323,77 +320,3 @@ def _fresh_check(options: Options, gathered: Gathered | None) -> list[Check]:
         return [Check("fresh seeds", PASS, f"every tost rule is of cells of {policy.FRESH}, which fresh seeds measure")]
     words = f"only cells of {policy.FRESH} are measured with fresh seeds; others under tost cannot be EQUIVALENT"
     return [Check("fresh seeds", UNKNOWN, words, [f"{table}: {count} cells" for table, count in beyond.items()])]
-
-
-def conclude(
-    level: int, checks: Sequence[Check], judged: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]],
-    ordinal: Sequence[Mapping[str, Any]] = (),
-) -> tuple[str, str]:  # fmt: skip
-    """The overall verdict and its reason: what failed or diverged is worse than anything undecided."""
-    names = [cell["verdict"] for cell in judged]
-    wrong = _wrong(checks, names, ordinal)
-    if wrong:
-        return DIVERGED, "; ".join(wrong)
-    if not all(control["differs"] for control in controls):
-        return INCONCLUSIVE, "a negative control did not differ, so equality shows nothing"
-    undecided = _undecided(level, checks, names, ordinal)
-    if undecided:
-        return INCONCLUSIVE, undecided
-    if not names:
-        return REPRODUCED, "everything there fits together"
-    again = sum(cell["level"] > 1 for cell in judged)
-    return REPRODUCED, f"all {len(names)} cells" + (f", {again} of them by re-runs" if level > 1 else " recomputed")
-
-
-def _wrong(checks: Sequence[Check], names: Sequence[str], ordinal: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What failed or diverged, in words."""
-    failed = [check.name for check in checks if check.status == FAIL]
-    count = names.count(verdicts.DIVERGED)
-    other = [item["id"] for item in ordinal if recompute.claim_verdict(item) == verdicts.DIVERGED]
-    return [
-        *([f"failed checks: {', '.join(failed)}"] if failed else []),
-        *([f"{count} of {len(names)} cells diverged"] if count else []),
-        *([f"claims with another verdict: {', '.join(other)}"] if other else []),
-    ]
-
-
-def _undecided(level: int, checks: Sequence[Check], names: Sequence[str], ordinal: Sequence[Mapping[str, Any]]) -> str:
-    """Why nothing is decided; empty if everything is."""
-    open_ones = [name for name in names if name in (verdicts.INCONCLUSIVE, verdicts.MISSING, verdicts.FAILED)]
-    if open_ones:
-        return f"{len(open_ones)} of {len(names)} cells are {', '.join(dict.fromkeys(open_ones)).lower()}"
-    unknown = [check.name for check in checks if check.status == UNKNOWN]
-    if UNJUDGED in unknown:
-        return "the claims could not be judged"
-    few = [item["id"] for item in ordinal if recompute.claim_verdict(item) == verdicts.INCONCLUSIVE]
-    if few:
-        return f"not enough seeds for claims: {', '.join(few)}"
-    absent = [name for name in unknown if name in ("inputs", "outputs")]
-    if not level and absent:
-        return f"{' and '.join(absent)} are not complete, so their digests could not be compared"
-    return ""
-
-
-def judge_claims(audited: Audited, gathered: Gathered, work: Path) -> tuple[list[dict[str, Any]], list[Check]]:
-    """The ordinal claims from committed and re-run metrics beside the verdicts that they should have.
-
-    The policy's own claims should be supported, the others have the committed verdict again.
-
-    Returns:
-        The claims, and a check that says why they could not be judged, if so.
-    """
-    own = gathered.policy.claims
-    before = recompute.committed_claims(audited.copy / "tables" / audited.name / recompute.CLAIMS[0])
-    verdict_of = {str(item.get("text")): str(item.get("verdict")) for item in before.values()}
-    root = work / "merged" if gathered.reruns else work / "tables"
-    try:
-        judged = recompute.judge_claims(root, audited.profile, own or claims.load())
-    except recompute.DAMAGED as error:
-        words = str(error).replace(f"{root}/", "") or type(error).__name__
-        return [], [Check(UNJUDGED, UNKNOWN, "the claims could not be judged", [words[:300]])]
-    kept = ("id", "text", "column", "n", "difference", "p_holm", "verdict")
-    committed = [verdict_of.get(item["text"]) for item in judged]
-    return [
-        {name: item[name] for name in kept} | {"committed": said, "wanted": recompute.wanted(bool(own), said)}
-        for item, said in zip(judged, committed, strict=True)
-    ], []

@@ -12,13 +12,13 @@ from typing import Any
 
 from mirepro import files, params
 from mirepro.audit import evidence as judging
-from mirepro.audit import integrity, levels, page, policy, recompute, safe, statement, verdicts
+from mirepro.audit import conclusion, integrity, levels, page, policy, recompute, safe, statement, verdicts
 from mirepro.audit.verdicts import Evidence, Rule, Verdict
 from mirepro.errors import UserError
 
 REPORT, PAGE, CRATE, ENVELOPE = "report.json", "report.html", "ro-crate-metadata.json", "audit.dsse.json"
 SIGNED = (REPORT, PAGE, CRATE)
-RESULTS = {levels.REPRODUCED: "PASSED", levels.INCONCLUSIVE: "WARNED", levels.DIVERGED: "FAILED"}
+RESULTS = {conclusion.REPRODUCED: "PASSED", conclusion.INCONCLUSIVE: "WARNED", conclusion.DIVERGED: "FAILED"}
 
 
 @contextmanager
@@ -203,10 +203,10 @@ def recheck(report: Mapping[str, Any]) -> list[str]:
         wrong.append("claims: measured against other verdicts than the policy's")
     counts = {name: sum(verdict.name == name for verdict in found) for name in verdicts.LADDER}
     checks = [integrity.Check(**item) for item in report["checks"]]
-    overall = levels.conclude(report["level"], checks, report["cells"], report["controls"], report["claims"])
+    overall = conclusion.conclude(report["level"], checks, report["cells"], report["controls"], report["claims"])
     if counts != report["counts"] or overall != (report["verdict"], report["why"]):
         wrong.append(f"the report concludes {report['verdict']}, its cells, claims and checks give {overall[0]}")
-    return wrong if report["exit_code"] == levels.EXITS[overall[0]] else [*wrong, "the exit code is another one"]
+    return wrong if report["exit_code"] == conclusion.EXITS[overall[0]] else [*wrong, "the exit code is another one"]
 
 
 def _contradictions(
