@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mirepro import files, params
-from mirepro.audit import evidence as judging
 from mirepro.audit import conclusion, integrity, levels, page, policy, recompute, safe, statement, verdicts
+from mirepro.audit import evidence as judging
 from mirepro.audit.verdicts import Evidence, Rule, Verdict
 from mirepro.errors import UserError
 
