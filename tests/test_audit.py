@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -327,6 +328,21 @@ def test_page_lists_what_differs(good: tuple[Path, Path]) -> None:
     assert f"n/a for {len(report['cells']) - 1} of {len(report['cells'])} cells" in text
     report["key"]["pinned"] = {name: report["key"]["here"]["versions"][name]}
     assert "No library of the key has another version" in page.render(report, None)
+    report["key"]["pinned"] = {}
+    assert "n/a: the source has no requirements.lock" in page.render(report, None)
+
+
+def test_rules_that_fresh_seeds_do_not_serve_are_named(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("schema: mirepro.audit-policy/1\nrules: [{test: tost, margin: 3}]\n")
+    loaded = levels.policy.load(tmp_path / "p.yaml", "")
+    committed = [levels.cells.Cell((table, "ir", "knn_1"), {}, ()) for table in ("T1", "T6")]
+    gathered: Any = SimpleNamespace(policy=loaded.policy, committed=committed)
+    options = Options("x", tmp_path, 3, seeds=2)
+    (check,) = levels._fresh_check(options, gathered)
+    assert (check.status, check.items) == ("not checked", ["T6: 1 cells"])
+    gathered.committed = committed[:1]
+    assert levels._fresh_check(options, gathered)[0].status == "pass"
+    assert levels._fresh_check(replace(options, seeds=0), gathered) == []
 
 
 def test_page_is_self_contained(good: tuple[Path, Path]) -> None:
