@@ -13,7 +13,7 @@ import yaml
 from audited import Project, commit
 
 from mirepro import cli, determinism
-from mirepro.audit import integrity, levels, output, sandbox, source
+from mirepro.audit import integrity, levels, output, policy, sandbox, source
 from mirepro.audit.levels import Options
 from mirepro.errors import UserError
 
@@ -171,7 +171,7 @@ def test_rules_that_no_policy_may_have(rule: dict[str, Any]) -> None:
     evidence = {"identical": False, "published": [1.0, 2.0], "fresh": [1.0, 2.0]}
     cell = {"table": "T1", "row": "a", "column": "b", "inputs": {"evidence": evidence, "rule": rule}}
     with pytest.raises(UserError, match=r"correct the rule|alpha 0\.0 is impossible"):
-        output.recheck({"cells": [cell]})
+        output.recheck({"cells": [cell], "policy": {"content": {"schema": policy.SCHEMA}}})
 
 
 @pytest.mark.parametrize(("command", "broken"), [("audit", "audit"), ("verify", "check")])
