@@ -661,6 +661,16 @@ def test_self_test(project: Project, tmp_path: Path) -> None:
     assert {name: found[name].startswith(start) for name, start in words.items()} == dict.fromkeys(words, True)
 
 
+def test_a_tamper_that_changes_nothing_is_refused(tmp_path: Path) -> None:
+    """A signature that begins with the character put in its place was reported as a tamper that nobody noticed."""
+    path = tmp_path / "audit.dsse.json"
+    path.write_text('"sig": "+a"')
+    with pytest.raises(UserError, match="nothing like"):
+        selftest.swap(path, '"sig": ".', '"sig": "+')
+    selftest.swap(path, '"sig": ".', '"sig": "A')
+    assert path.read_text() == '"sig": "Aa"'
+
+
 def test_self_test_notices_nothing_where_nothing_was_done(project: Project, tmp_path: Path) -> None:
     bench = selftest.Bench(tmp_path, tmp_path / "base", "desk")
     shutil.copytree(project.root, bench.base)
