@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests/golden/portable.json"
 THREADS = (1, 2)
 VIEWS = {"size": 32, "crop": (0.6, 1.0)}
-SPLITS = {"train": 16, "val": 8, "test": 8}
+SPLITS = {"train": 8, "val": 4, "test": 4}
 SCENES = {"train": 4, "val": 2, "test": 2}
 OPTIONS: dict[str, dict[str, Any]] = {
     "random": {},
@@ -35,9 +35,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ring": {"outer": 0.5, "inner": 0.2},
     "cmc_ball": {"outer": 0.3},
     "cmc_ring": {"outer": 0.5, "inner": 0.2},
-    "cave": {"outer": 0.3, "n_clusters": 8},
-    "cave_numerator": {"outer": 0.3, "n_clusters": 8},
-    "la": {"outer": 0.3, "n_clusters": 8, "warmup_fraction": 0.0},
+    "cave": {"outer": 0.3, "n_clusters": 4},
+    "cave_numerator": {"outer": 0.3, "n_clusters": 4},
+    "la": {"outer": 0.3, "n_clusters": 4, "warmup_fraction": 0.0},
     "moco": {"queue": 12},
     "moco_ring": {"queue": 20, "outer": 0.5, "inner": 0.2},
 }
@@ -80,7 +80,7 @@ class Miniature:
         first, images, pictures = 0, {}, {}
         for name, n in SPLITS.items():
             images[name] = desk.batch(first + np.arange(n), np.arange(n) * 5 % 96)
-            pictures[name] = scenes.batch(scenes.FIRST + first + np.arange(SCENES[name]))
+            pictures[name] = scenes.batch(scenes.FIRST + 2 * first + np.arange(SCENES[name]))
             first += n
         made = {
             "desk": shards.write(self.root / "data/desk", "desk", images, desk.META),
@@ -98,7 +98,7 @@ class Miniature:
         objective = row.removesuffix("_annealed")
         params = RunParams(row, self.seed, objective, {"k": 16} | OPTIONS.get(row, {}), self._pretrain(row))
         first = pretrain(params, self.root / "data/desk", self._fresh(f"work/{row}"), trained, row)
-        linear = LinearParams(l2=(1.0, 100.0), iterations=12, author_epochs=1, author_batch=16)
+        linear = LinearParams(l2=(1.0, 100.0), iterations=12, author_epochs=1, author_batch=8)
         protocol = EvaluateParams(k_nn=(1, 5), anchors=2, gallery=3, linear=linear, views=ViewParams(**VIEWS))
         second = evaluate(row, row, self.seed, protocol, trained, self.root / "data/desk", evaluated)
         for stage, document in (("pretrain", first), ("evaluate", second)):
@@ -123,7 +123,7 @@ class Miniature:
         from mirepro.params import EncoderParams, OptimParams, PretrainParams, ViewParams
 
         return PretrainParams(
-            epochs=0 if row == "random" else 1, batch=8, monitor=1, digest=1, views=ViewParams(**VIEWS),
+            epochs=0 if row == "random" else 1, batch=4, monitor=1, digest=1, views=ViewParams(**VIEWS),
             encoder=EncoderParams(width=11 if row.startswith("cmc") else 16, stem="tiny", dim=64, norm=True),
             optim=OptimParams(lr=0.015, schedule="cosine"),
         )  # fmt: skip

@@ -31,6 +31,7 @@ class FakeSplit:
     The first `bare` images are empty.
     """
 
+    name, folder = "val", Path("data/fake")
     categories = ["square", "bar"]  # noqa: RUF012
     meta: dict[str, Any] = {}  # noqa: RUF012
     keypoints = {"names": list("abcde"), "flips": [1, 0, 3, 2, 4], "sigmas": [0.05] * 5}  # noqa: RUF012
@@ -61,7 +62,7 @@ class FakeSplit:
         return self.things
 
 
-def _load(split: FakeSplit, model: str, size: int) -> detection_data.Scenes:
+def _load(split: FakeSplit, model: str, size: int, used: list[int] | None = None) -> detection_data.Scenes:
     return detection_data.load(cast(shards.Split, split), model, size)
 
 
@@ -172,8 +173,9 @@ def test_images_without_objects_have_empty_targets(model: str) -> None:
         assert [len(target["boxes"]) for target in side[:2]] == [0, 0]
         assert all(target["boxes"].shape == (0, 4) and target[f"{model}s"].shape == shape for target in side[:2])
         assert all(len(target["boxes"]) > 0 for target in side[2:])
-    with pytest.raises(UserError, match=f"no objects with {model}s"):
-        _load(FakeSplit(2, 2, bare=2), model, SIZE)
+    for used in (None, [0, 1]):  # of the training split, and of val and test, which learn the categories from it
+        with pytest.raises(UserError, match=f"data/fake: the val split has no objects with {model}s"):
+            _load(FakeSplit(2, 2, bare=2), model, SIZE, used)
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])

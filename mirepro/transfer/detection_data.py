@@ -17,6 +17,8 @@ from mirepro.transfer import coco_eval, sampling
 from mirepro.transfer.coco_eval import Federated
 
 Target = dict[str, Tensor]
+MARKS = {"box": "bbox", "mask": "segmentation", "keypoint": "keypoints"}
+"""What an object of COCO's must have for each model."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def load(
         used: Numbers of the used categories, those of the training split; None finds them here.
 
     Raises:
-        UserError: The data have no such objects, or the federated rules are not those of the manifest.
+        UserError: The split has no such objects, or the federated rules are not those of the manifest.
     """
     objects, points = split.objects_at(size), split.keypoints if model == "keypoint" else {}
     used = _used(objects, model, len(split.categories)) if used is None else list(used)
@@ -74,6 +76,8 @@ def load(
         [{**thing, "category": number[thing["category"]]} for thing in found if thing["category"] in number]
         for found in objects
     ]
+    if not any(thing.get(MARKS[model]) for things in kept for thing in things):
+        raise UserError(f"{split.folder}: the {split.name} split has no objects with {model}s; use data that have them")
     swap = points.get("flips", [])
     targets = [_target(found, size, model, len(swap)) for found in kept]
     return Scenes(
@@ -90,11 +94,9 @@ def load(
 
 def _used(objects: Sequence[Sequence[dict[str, Any]]], model: str, categories: int) -> list[int]:
     """All categories; for keypoints, those that have some."""
-    key = {"box": "bbox", "mask": "segmentation", "keypoint": "keypoints"}[model]
-    found = sorted({thing["category"] for things in objects for thing in things if thing.get(key)})
-    if not found:
-        raise UserError(f"detect: the data have no objects with {model}s; use a data set that has them")
-    return found if model == "keypoint" else list(range(categories))
+    if model != "keypoint":
+        return list(range(categories))
+    return sorted({thing["category"] for things in objects for thing in things if thing.get(MARKS[model])})
 
 
 def _rules(split: shards.Split) -> Federated:
