@@ -27,7 +27,7 @@ THREADS = (1, 2)
 WHOLE = ("cmc", "ir", "supervised")
 """Rows whose images are as large as the desk profile's; the others' encoders are the same, and an emulator slow."""
 SPLITS = {"train": 8, "val": 4, "test": 4}
-SCENES = {"train": 4, "val": 2, "test": 2}
+SCENES = {"train": 2, "val": 1, "test": 2}
 OPTIONS: dict[str, dict[str, Any]] = {
     "random": {},
     "supervised": {"classes": 96},
@@ -142,7 +142,7 @@ class Miniature:
         from mirepro.transfer import detection
 
         out, encoder = self._fresh(f"detect/{model}"), self.root / "runs/mini/pretrain/random"
-        params, scenes = DetectParams(epochs=1, keypoint_epochs=1, batch=2, lrs=(0.004,)), self.root / "data/scenes"
+        params, scenes = DetectParams(epochs=1, keypoint_epochs=1, batch=1, lrs=(0.004,)), self.root / "data/scenes"
         work = self._fresh(f"work/{model}")
         detection.SHOWN_SCORE = 0.0  # after two steps nothing is sure
         document = detection.detect("random", "random", self.seed, model, params, encoder, scenes, work, out, "f")
