@@ -84,7 +84,7 @@ class Miniature:
         from mirepro.data import desk, scenes, shards
 
         first, images, pictures = 0, {}, {}
-        for name, n in SPLITS.items():
+        for name, n in SPLITS.items():  # scenes lie twice as far apart: of these every split shows keypoints
             images[name] = desk.batch(first + np.arange(n), np.arange(n) * 5 % 96)
             pictures[name] = scenes.batch(scenes.FIRST + 2 * first + np.arange(SCENES[name]))
             first += n
