@@ -140,10 +140,10 @@ def toy(profile: Profile) -> Job:
     def compute(work: Path, out: Path, fingerprint: str) -> dict[str, Any]:
         from mirepro.toy import toy
 
-        return toy(values)
+        return toy(values, out)
 
-    needs = (f"locks/{profile.name}/toy.json",)
-    return Job(_resolved(profile, values), needs, compute, f"metrics/{profile.name}/toy.json")
+    needs, outputs = (f"locks/{profile.name}/toy.json",), f"{profile.name}/toy"
+    return Job(_resolved(profile, values), needs, compute, f"metrics/{outputs}.json", f"runs/{outputs}")
 
 
 def _resolved(profile: Profile, values: Any, entry: Any = None) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from p(y), the positive is not among them. The control variate is f_ii, whose me
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mirepro import metrics, rng
+from mirepro import files, metrics, rng
 from mirepro.errors import UserError
 from mirepro.objectives.regions import ranks
 from mirepro.params import ToyParams
@@ -94,10 +95,15 @@ def check(params: ToyParams) -> None:
             raise UserError(f"toy.cases: ({d}, {rho}) is impossible; use d >= 1 and a correlation in [0, 1)")
 
 
-def toy(params: ToyParams) -> dict[str, Any]:
-    """All cases and estimators; the metrics document of table T5."""
+def toy(params: ToyParams, out: Path) -> dict[str, Any]:
+    """All cases and estimators; the metrics document of table T5.
+
+    `out/banks.json` gets what its means and standard errors are taken over: each bank's estimate and certificate, nats.
+    """
     check(params)
     cases = [case for d, rho in params.cases for case in _case(d, rho, params)]
+    banks = [{key: case[key] for key in ("d", "rho", "name")} | case.pop("by_bank") for case in cases]
+    files.write_json(out / "banks.json", banks)
     protocol = f"{params.banks} banks of {params.rows} rows, {params.anchors} anchors, control variate f_ii"
     cells = {f"d{c['d']}.{c['name']}": metrics.cell(c["value"], "nats", protocol) for c in cases}
     return metrics.document("toy", "toy", "toy", params.seed, cells, {"cases": cases})
@@ -133,4 +139,5 @@ def _case(d: int, rho: float, params: ToyParams) -> Iterator[dict[str, Any]]:
             "sd": spread[kind.name],
             "bound": kind.bound,
             "certified": bool(pooled.mean() + 3 * error <= np.mean(limits)),
+            "by_bank": {"values": values[kind.name], "certificates": limits},
         }

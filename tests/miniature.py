@@ -53,7 +53,8 @@ def detect(run, row, seed, model, params: DetectParams, pretrained, data_folder,
     "toy.py": """
 from mirepro.params import ToyParams
 
-def toy(params: ToyParams):
+def toy(params: ToyParams, out):
+    (out / "banks.json").write_text(str(params.banks))
     return {"banks": params.banks}
 """,
     "data/__init__.py": """

@@ -177,9 +177,10 @@ class Miniature:
         from mirepro.params import ToyParams
         from mirepro.toy import toy
 
-        document = toy(ToyParams(banks=2, rows=513, anchors=65, redraws=3, seed=self.seed))
+        out = self._fresh("toy")
+        document = toy(ToyParams(banks=2, rows=513, anchors=65, redraws=3, seed=self.seed), out)
         files.write_json(self.root / "metrics/mini/toy.json", document)
-        return {"toy": sha(files.dump_json(document).encode())}
+        return {"toy": sha(files.dump_json(document).encode())} | folder(out)
 
     def tables(self) -> dict[str, str]:
         """T1 of all runs, T5, and the verdicts: other runs' evaluations stand for the five seeds of two rows."""

@@ -314,7 +314,7 @@ def test_interrupted_reproduction_detaches_and_comes_back(miniature: Miniature, 
 
 @pytest.mark.slow
 def test_failures_are_summed_up(miniature: Miniature) -> None:
-    miniature.edit("mirepro/toy.py", "def toy(params: ToyParams):", "def toy(params: ToyParams):\n    1 / 0")
+    miniature.edit("mirepro/toy.py", "def toy(params: ToyParams, out):", "def toy(params: ToyParams, out):\n    1 / 0")
     result = miniature.run("repro", "--launch", "local", "--keep-going", "--jobs", "3")
     assert result.returncode == 1
     assert "ZeroDivisionError: division by zero (twice the same way); log: " in result.stderr

@@ -1,10 +1,12 @@
 """The Gaussian toy against its references (24 banks, standard errors .001-.004)."""
 
 import math
+import statistics
+from pathlib import Path
 
 import pytest
 
-from mirepro import toy
+from mirepro import files, toy
 from mirepro.params import ToyParams
 
 REFERENCES = {
@@ -16,8 +18,13 @@ REFERENCES = {
 
 
 @pytest.fixture(scope="module")
-def cases():
-    rows = toy.toy(ToyParams(banks=4, redraws=4))["detail"]["cases"]
+def out(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("toy")
+
+
+@pytest.fixture(scope="module")
+def cases(out):
+    rows = toy.toy(ToyParams(banks=4, redraws=4), out)["detail"]["cases"]
     return {(row["d"], row["name"]): row for row in rows}
 
 
@@ -51,3 +58,14 @@ def test_a_partition_without_the_positive_exceeds_the_information():
 def test_redraws_of_the_ring_vary_least(cases):
     assert cases[20, "ring_.1-.01"]["sd"] < cases[20, "ball_.1"]["sd"] < cases[20, "nce_256"]["sd"]
     assert cases[20, "nce_256"]["sd"] == pytest.approx(0.34, abs=0.03)
+
+
+def test_the_banks_give_the_table(cases, out):
+    banks = {(row["d"], row["name"]): row for row in files.read_json(out / "banks.json")}
+    assert banks.keys() == cases.keys()
+    for key, row in banks.items():
+        assert len(row["values"]) == len(row["certificates"]) == 4
+        assert statistics.fmean(row["values"]) == pytest.approx(cases[key]["value"], abs=1e-12)
+        assert statistics.stdev(row["values"]) / 2 == pytest.approx(cases[key]["se"], rel=1e-9)
+        if cases[key]["certified"]:
+            assert statistics.fmean(row["values"]) < statistics.fmean(row["certificates"])
