@@ -54,7 +54,7 @@ def detect(run, row, seed, model, params: DetectParams, pretrained, data_folder,
 from mirepro.params import ToyParams
 
 def toy(params: ToyParams, out):
-    (out / "banks.json").write_text(str(params.banks))
+    (out / "banks.json").write_text("[]")
     return {"banks": params.banks}
 """,
     "data/__init__.py": """

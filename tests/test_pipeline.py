@@ -132,7 +132,8 @@ def test_missing_shards_are_made_again(made: Miniature) -> None:
 
 @pytest.mark.slow
 def test_failure_stops_with_the_log(made: Miniature) -> None:
-    with edited(made, "mirepro/toy.py", "def toy(params: ToyParams, out):", "def toy(params: ToyParams, out):\n    1 / 0"):
+    line = "def toy(params: ToyParams, out):"
+    with edited(made, "mirepro/toy.py", line, f"{line}\n    1 / 0"):
         result = made.run("repro")
         assert result.returncode == 1
         assert "toy failed" in result.stderr
