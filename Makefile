@@ -28,10 +28,10 @@ repro: setup  ## regenerate every stale table and the report of the desk profile
 status: setup  ## say which stages are stale, and why
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mirepro status
 
-test: setup lint  ## ruff, mypy, the fast tests, then the slow ones
+test: setup lint  ## ruff, mypy, the fast tests, then the slow ones (not what only test-slow runs)
 	@$(BIN)/python -m pytest $(PARALLEL)
 
-test-slow: setup  ## the slow tests with the forced reproduction of all tables (an hour and more)
+test-slow: setup  ## the slow tests, with the reproduction of all tables and two builds of the image (hours)
 	@$(BIN)/python -m pytest -m slow $(PARALLEL)
 
 kill: setup  ## kill and rerun the desk profile's stages 100 times (long)

@@ -10,8 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,15 @@ def send(layout: Path, target: str, address: str) -> None:
     subprocess.run([*copy, f"oci:{layout}:{target}", f"docker://{address}/mirepro:{target}"], check=True)
 
 
-def audit(run: Callable[..., str], level: int, jobs: int) -> str:
+def audit(run: Callable[..., str], words: Sequence[str]) -> str:
     """The audit's verdict; exit 1 where it is not REPRODUCED."""
-    said = run("audit", "--level", str(level), "--jobs", str(jobs))
+    said = run("audit", *words)
     found = [line for line in said.splitlines() if "REPRODUCED" in line]
     return found[-1] if found else sys.exit(f"not reproduced:\n{said}")
 
 
-def measure(store: Path, target: str, level: int, jobs: int, folder: Path) -> dict[str, Any]:
-    """Sizes, seconds and the verdict."""
+def measure(store: Path, target: str, words: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Sizes, seconds and the verdict of an audit with these options."""
     image = yaml.safe_load((store / "images.lock.yaml").read_text())["images"][target]
     seconds: dict[str, float] = {}
     load, environment = os.getloadavg()[0], build.engine(folder / "store")
@@ -66,12 +67,12 @@ def measure(store: Path, target: str, level: int, jobs: int, folder: Path) -> di
     with timed(seconds, "env"):
         run(reference, "env")
     with timed(seconds, "audit"):
-        verdict = audit(lambda *words: run(reference, *words), level, jobs)
+        verdict = audit(partial(run, reference), words)
     build.drop(folder / "store")
     sizes = {path: int(size) for size, path in (line.split("\t") for line in parts.splitlines())}
     return {
         "target": target, **image, "megabytes": sizes,
-        "seconds": seconds, "level": level, "jobs": jobs, "cpus": os.cpu_count(), "verdict": verdict,
+        "seconds": seconds, "audit": list(words), "cpus": os.cpu_count(), "verdict": verdict,
         "load": [round(load, 1), round(os.getloadavg()[0], 1)],
     }  # fmt: skip
 
@@ -82,11 +83,14 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=ROOT / ".mirepro/containers", help="as given to containers/build")
     parser.add_argument("--target", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--level", type=int, default=2)
+    parser.add_argument("--select", nargs="*", default=["T1"], help="tables and stages to repeat; none means all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/image.json")
     options = parser.parse_args()
+    words = ["--level", str(options.level), "--jobs", str(options.jobs)]
+    words += [word for pattern in options.select for word in ("--select", pattern)]
     with tempfile.TemporaryDirectory(prefix="mirepro-image-", dir=options.store) as folder:
-        found = measure(options.store.resolve(), options.target, options.level, options.jobs, Path(folder).resolve())
+        found = measure(options.store.resolve(), options.target, words, Path(folder).resolve())
     files.write_json(options.out, found)
     print(options.out)
 

@@ -43,3 +43,13 @@ def nearest(z: Mapping[str, Tensor], banks: Mapping[str, Bank]) -> Tensor:
     joined = copy.copy(next(iter(banks.values())))
     joined.rows = torch.cat([bank.rows for bank in banks.values()], 1)
     return joined.neighbors(torch.cat(list(z.values()), 1), 1)[1][:, 0]
+
+
+def collect(bank: Bank, values: Tensor) -> Tensor:
+    """`(C, n)` values of each rank's rows -> `(C, N)` on the first rank; all ranks ask."""
+    return bank.world.collect(values.T, bank.counts).T if isinstance(bank, ShardedBank) else values
+
+
+def held(bank: Bank, values: Tensor) -> Tensor:
+    """`(C, N)` values of all rows -> `(C, n)` of those that this rank holds."""
+    return values[:, bank.numbers()].contiguous()

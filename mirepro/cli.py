@@ -97,11 +97,19 @@ def status(profile: ProfileName = "desk") -> None:
 
 
 @app.command()
-def plan(profile: ProfileName = "desk") -> None:
+def plan(
+    profile: ProfileName = "desk",
+    bank_rows: Annotated[int | None, typer.Option(help="a bank of so many rows: what its steps cost, instead")] = None,
+    ranks: Annotated[int, typer.Option(help="that share the bank (pretrain.bank_shards)")] = 1,
+) -> None:
     """Predict hours, memory and disk of a profile's stages from measured rates."""
-    from mirepro.launch import budget
+    from mirepro.launch import budget, spread
 
-    print("\n".join(budget.lines(profiles.load(profiles.find_root(), profile))))
+    chosen = profiles.load(profiles.find_root(), profile)
+    if bank_rows is None:
+        print("\n".join(budget.lines(chosen)))
+    else:
+        print("\n".join(spread.lines(chosen, bank_rows, ranks)))
 
 
 @app.command()

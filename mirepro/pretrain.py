@@ -22,6 +22,10 @@ from mirepro.params import OptimParams, PretrainParams, RunParams
 from mirepro.progress import Bar
 
 CHECKPOINT_SECONDS = 2.0
+"""Since the last checkpoint, before another one between two epochs."""
+WITHIN_SECONDS = 60.0
+"""The same within an epoch, asked every `WITHIN_STEPS`; longer where writing would take more than `WITHIN_SHARE`."""
+WITHIN_STEPS, WITHIN_SHARE = 16, 0.05
 _ALONE = ranks.World()
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -134,27 +138,36 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.chain: list[dict[str, Any]] = []
         self.monitor: dict[str, float | None] = {}
+        self.sums: dict[str, float] = {}
 
     def loop(self, work: Path, fingerprint: str) -> None:
-        """All epochs that are left; a checkpoint between two epochs now and then."""
-        saved, batch = time.monotonic(), self.params.batch
+        """All steps that are left; a checkpoint now and then."""
+        self.saved, self.saving, batch = time.monotonic(), 0.0, self.params.batch
         title, total = f"{self.run.row}-s{self.run.seed}", self.total_steps * batch
         with Bar(title, total, self.step * batch, shown=self.world.leader) as bar:
             for epoch in range(self.epoch, self.params.epochs):
                 self.begin(epoch)
-                for index in self.images.ahead(self.batches(epoch), self.world.part):
+                for index in self.images.ahead(self.batches(epoch)[self._taken(epoch) :], self.world.part):
                     output = self.train_step(index)
                     bar.advance(batch, loss=float(output.loss.detach()), estimate=output.estimate, **self.monitor)
+                    if self.step % WITHIN_STEPS == 0 and 0 < self._taken(epoch) < self.steps_per_epoch:
+                        self._save(work, fingerprint, max(WITHIN_SECONDS, self.saving / WITHIN_SHARE))
                 self.finish(epoch)
-                if self._due(saved):
-                    self.world.lead(checkpoint.save, work, fingerprint, self.tensors(), self.facts())
-                    saved = time.monotonic()
+                self._save(work, fingerprint, CHECKPOINT_SECONDS)
         if self.total_steps == 0:
             self.calibrate()
 
-    def _due(self, saved: float) -> bool:
-        """Whether it is time for a checkpoint; one clock decides for all ranks, which collect their rows for it."""
-        return self.world.share(lambda: time.monotonic() - saved > CHECKPOINT_SECONDS)
+    def _save(self, work: Path, fingerprint: str, seconds: float) -> None:
+        """A checkpoint if the last is older; one clock decides for all ranks, which collect their rows for it."""
+        begin = time.monotonic()
+        if self.world.share(lambda: begin - self.saved > seconds):
+            self.world.lead(checkpoint.save, work, fingerprint, self.tensors(), self.facts())
+            self.saved = time.monotonic()
+            self.saving = self.saved - begin
+
+    def _taken(self, epoch: int) -> int:
+        """Steps of an epoch that are done."""
+        return self.step - epoch * self.steps_per_epoch
 
     def batches(self, epoch: int) -> list[Tensor]:
         """`(B,)` int64 sample indices of each step; the incomplete last batch is left out."""
@@ -162,10 +175,12 @@ class Trainer:
         return list(order[: self.steps_per_epoch * self.params.batch].split(self.params.batch))
 
     def begin(self, epoch: int) -> None:
-        """Starts an epoch: clusterings and the like."""
+        """Starts an epoch: clusterings and the like; one that a checkpoint has begun goes on with its own."""
         self.model.train()
-        self.objective.refresh(self.banks, epoch, self.run.seed)
-        self.epoch, self.sums = epoch, {"loss": 0.0, "estimate": 0.0}
+        self.epoch = epoch
+        if self._taken(epoch) == 0:
+            self.objective.refresh(self.banks, epoch, self.run.seed)
+            self.sums = {"loss": 0.0, "estimate": 0.0}
 
     def position(self) -> Step:
         """Where the run stands."""
@@ -306,9 +321,11 @@ class Trainer:
             for i, weight in enumerate(self.weights)
             if self.optimiser.state.get(weight, {}).get("momentum_buffer") is not None
         }
+        begun = self.objective.labels if self._taken(self.epoch) else {}  # `begin` makes those of a new epoch
         return (
             {f"model.{name}": value for name, value in self.model.state_dict().items()}
             | {f"bank.{name}": bank.whole() for name, bank in self.banks.items()}
+            | {f"labels.{name}": banks.collect(self.banks[name], value) for name, value in begun.items()}
             | {f"objective.{name}": value for name, value in self.objective.state().items()}
             | {f"parameter.{i}": value.data for i, value in enumerate(self.objective.parameters())}
             | buffers
@@ -322,6 +339,7 @@ class Trainer:
             "history": self.history,
             "chain": self.chain,
             "monitor": self.monitor,
+            "sums": self.sums,
         }
 
     def resume(self, saved: checkpoint.Checkpoint | None) -> None:
@@ -335,13 +353,14 @@ class Trainer:
         self.model.load_state_dict(groups["model"])
         for name, rows in groups["bank"].items():
             self.banks[name].load(rows)
+        self.objective.labels = {n: banks.held(self.banks[n], v) for n, v in groups.get("labels", {}).items()}
         self.objective.load_state(groups.get("objective", {}))
         for i, parameter in enumerate(self.objective.parameters()):
             parameter.data.copy_(groups["parameter"][str(i)])
         for i, weight in enumerate(self.weights):
             if str(i) in groups.get("optim", {}):
                 self.optimiser.state[weight]["momentum_buffer"] = groups["optim"][str(i)]
-        for name in ("epoch", "step", "history", "chain", "monitor"):
+        for name in ("epoch", "step", "history", "chain", "monitor", "sums"):
             setattr(self, name, saved.facts[name])
 
     def write(self, out: Path) -> None:

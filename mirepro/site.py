@@ -181,7 +181,7 @@ def _section(values: Mapping[str, Any], where: str) -> Section:
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
     rules = {
-        "gpus": (section.gpus >= 0, "0 or more"),
+        "gpus": (section.gpus in (0, section.tasks), f"0, or {section.tasks}: one for each of a node's tasks"),
         "cpus": (section.cpus is None or section.cpus >= 1, "1 or more"),
         "nodes": (section.nodes >= 1, "1 or more"),
         "tasks": (section.tasks >= 1, "1 or more"),

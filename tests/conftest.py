@@ -27,8 +27,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     With pytest-xdist a group stays on one worker: a file's fast or slow tests, which share their fixtures, and all
     tests of daemons, which would disturb one another; a test may name a group of its own. Slow ones have time enough
-    on a busy machine, too.
+    on a busy machine, too. What is marked full is slow, too.
     """
+    for item in items:
+        if item.get_closest_marker("full"):
+            item.add_marker(pytest.mark.slow)
     marks = [{mark.name for mark in item.iter_markers()} for item in items]
     ranks = [("infra" in names or "slow" in names, "infra" not in names) for names in marks]
     for item, names in zip(items, marks, strict=True):

@@ -182,6 +182,17 @@ class Miniature:
         files.write_json(self.root / "metrics/mini/toy.json", document)
         return {"toy": sha(files.dump_json(document).encode())} | folder(out)
 
+    def bank(self) -> dict[str, str]:
+        """Answers and sums of banks in four blocks, as ranks hold them (`pretrain.bank_shards`)."""
+        from mirepro.ranks import World
+        from tests import bank_shards
+
+        alone, made = World(), {}
+        for name in bank_shards.RANKED:
+            found = bank_shards.part_answers(name, alone) | bank_shards.part_sums(name, alone)
+            made[name] = sha(files.dump_json(determinism.digests(found)).encode())
+        return made
+
     def tables(self) -> dict[str, str]:
         """T1 of all runs, T5, and the verdicts: other runs' evaluations stand for the five seeds of two rows."""
         from mirepro.report import tables
@@ -209,6 +220,7 @@ class Miniature:
         yield "data", self.data()
         yield "toy", self.toy()
         yield "linear", self.linear()
+        yield "bank", self.bank()
         for row in rows():
             yield row, self.run(row)
         yield "detect_mask", self.detect("mask")

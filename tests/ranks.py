@@ -2,9 +2,11 @@
 
 OBJECTIVES is a list with commas; SHARDS is the number of shards, or with that of the bank's, as in 4:2; EPOCHS below 3
 leaves after so many, as a preempted job does. The variable MIREPRO_TEST_DIE=RANK:STEP kills that rank before that step;
-MIREPRO_TEST_FAIL=RANK:STEP makes it raise; MIREPRO_TEST_MOVE=RANK:STEP makes it change a row of its banks.
+MIREPRO_TEST_FAIL=RANK:STEP makes it raise; MIREPRO_TEST_MOVE=RANK:STEP makes it change a row of its banks. Checkpoints
+are written between epochs, with MIREPRO_TEST_OFTEN every second step.
 """
 
+import math
 import os
 import signal
 import sys
@@ -52,6 +54,8 @@ class Faulty(pretrain.Trainer):
 def train(data: str, work: str, objectives: str, shards: str, epochs: str = str(EPOCHS)) -> None:
     """Trains each objective in a folder of its own; the first rank writes the metrics beside the outputs."""
     pretrain.CHECKPOINT_SECONDS, pretrain.Trainer, Faulty.last = -1.0, Faulty, int(epochs)
+    if "MIREPRO_TEST_OFTEN" in os.environ:
+        pretrain.WITHIN_SECONDS, pretrain.WITHIN_STEPS, pretrain.WITHIN_SHARE = -1.0, 2, math.inf
     own, _, blocks = shards.partition(":")
     for objective in objectives.split(","):
         folder = Path(work) / objective

@@ -59,3 +59,28 @@ def train(work: Path, data: Path) -> None:
     small.train(str(data), str(work), "ring", "4")
     if ranks.leads():
         finish(work)
+
+
+def linger(work: Path, data: Path) -> None:
+    """A small run that takes its time unless it resumes; a checkpoint every second step, the first steps are noted."""
+    import math
+
+    from mirepro import pretrain
+    from tests.test_pretrain import run
+
+    class Slow(pretrain.Trainer):
+        def resume(self, saved):
+            super().resume(saved)
+            self.first = self.step
+            with (work / "runs").open("a") as file:
+                file.write(f"{os.environ.get('SLURM_JOB_ID')} {self.step}\n")
+
+        def train_step(self, index):
+            time.sleep(0.0 if self.first else 1.0)
+            return super().train_step(index)
+
+    pretrain.Trainer, pretrain.WITHIN_SECONDS, pretrain.WITHIN_STEPS, pretrain.WITHIN_SHARE = Slow, -1.0, 2, math.inf
+    for name in ("state", "out"):
+        (work / name).mkdir(parents=True, exist_ok=True)
+    pretrain.pretrain(run("la"), Path(data), work / "state", work / "out", "f")
+    finish(work)

@@ -59,6 +59,19 @@ def test_the_plan_names_every_row_and_says_what_it_leaves_out(paper: profiles.Pr
     assert "not predicted: 120 detection stages" in text
 
 
+def test_the_plan_sums_up_the_runs_of_every_table(root: Path) -> None:
+    profile = profiles.load(root, "desk")
+    shown = {line.split()[0]: line.split() for line in budget.lines(profile) if line.startswith("T")}
+    assert shown.keys() == {name for name, table in profile.values["tables"].items() if table.get("rows")}
+    runs = {run for row in profile.values["tables"]["T1"]["rows"].values() for run in row or []}
+    assert int(shown["T1"][1]) == len(runs)
+    rates = files.read_json(root / budget.RATES)["machines"]["CPU"]
+    works = {name: work for name, work in budget.works(profile).items() if name.partition("@")[2] in runs}
+    hours = sum(budget.seconds(work, rates, name.partition("@")[0]) or 0 for name, work in works.items()) / 3600
+    assert float(shown["T1"][2]) == pytest.approx(hours, rel=0.01)
+    assert float(shown["T2"][2]) < hours  # control
+
+
 def test_the_committed_check_is_close(root: Path) -> None:
     check = files.read_json(root / budget.RATES)["check"]
     for facts in check.values():

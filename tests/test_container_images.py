@@ -236,7 +236,7 @@ def is_sealed(engine: Engine, checkout: Path) -> None:
     engine("rm", "-f", "-t", "0", sleeping)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.infra
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not REQUIRED, reason="builds a whole image; MIREPRO_REQUIRE_INFRA=1 wants it")

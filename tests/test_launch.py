@@ -46,7 +46,8 @@ def test_example_is_right_and_names_every_key(root: Path) -> None:
 
 
 def test_sections_start_from_all(tmp_path: Path) -> None:
-    place = load(tmp_path, "poll = 2\n[all]\ntime = '2:00:00'\nmemory = '4G'\n[pretrain]\ngpus = 2\ntime = 30\n")
+    own = "[pretrain]\ngpus = 2\ntasks = 2\ntime = 30\n"
+    place = load(tmp_path, f"poll = 2\n[all]\ntime = '2:00:00'\nmemory = '4G'\n{own}")
     assert (place.section("toy").minutes, place.section("toy").gpus) == (120, 0)
     assert (place.section("pretrain").minutes, place.section("pretrain").memory) == (30, "4G")
     assert place.poll == 2.0
@@ -61,6 +62,7 @@ def test_sections_start_from_all(tmp_path: Path) -> None:
         ("[all]\nzzz = 1", "all: zzz: unknown key; known: account, binds"),
         ("[all]\ngpus = 'two'", "gpus: expected int, got 'two'"),
         ("[all]\ngpus = -1", "gpus: -1 is impossible"),
+        ("[all]\ngpus = 8", "gpus: 8 is impossible; use 0, or 1: one for each of a node's tasks"),
         ("[all]\ntime = 'noon'", "time: 'noon' is no time"),
         ("[all]\ntime = 1", "grace: 60 is impossible"),
         ("[all]\nmemory = 'much'", "memory: 'much' is impossible"),
@@ -236,7 +238,8 @@ def test_local_jobs_and_the_commands_about_them(miniature: Miniature) -> None:
     until(lambda: not working(miniature.root), 60, "the end of the processes")
     listing = miniature.run("jobs", "list").stdout
     assert listing.count("FINISHED") == 7
-    assert "Job completed successfully" in miniature.run("jobs", "logs", "toy").stdout
+    for words in (("logs", "toy"), ("logs", "-f", "toy")):
+        assert "Job completed successfully" in miniature.run("jobs", *words).stdout
     assert "0 entries removed" in miniature.run("jobs", "prune").stdout
     assert "7 entries removed" in miniature.run("jobs", "prune", "--days", "0").stdout
     assert not list((miniature.root / ".mirepro" / "jobs").iterdir())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from mirepro import checkpoint, diff, encoders, objectives, pretrain, ranks, rng, views
+from mirepro import banks, checkpoint, diff, encoders, objectives, pretrain, ranks, rng, views
 from mirepro.data import shards
 from mirepro.errors import UserError
 from mirepro.params import EncoderParams, OptimParams, PretrainParams, RunParams, ViewParams
@@ -97,6 +98,43 @@ def test_equal_runs_have_equal_bytes_and_another_seed_differs(whole, data, tmp_p
     told = diff.diff(first, other) or ""
     assert told.startswith("first difference at step 2: bank.rgb, ")
     assert told.endswith(" more tensors")
+
+
+def halted(params: RunParams, data: Path, work: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
+    """Trains up to a step, then goes on from the newest checkpoint; the steps at which it went on."""
+    resume, train_step, begun = pretrain.Trainer.resume, pretrain.Trainer.train_step, []
+
+    def noted(trainer, saved):
+        resume(trainer, saved)
+        begun.append(trainer.step)
+
+    def stopped(trainer, index):
+        if trainer.step == step and begun == [0]:
+            raise KeyboardInterrupt
+        return train_step(trainer, index)
+
+    with monkeypatch.context() as patch:
+        for name, value in {"SECONDS": -1.0, "STEPS": 1, "SHARE": math.inf}.items():
+            patch.setattr(pretrain, f"WITHIN_{name}", value)
+        patch.setattr(pretrain.Trainer, "resume", noted)
+        patch.setattr(pretrain.Trainer, "train_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(params, data, work)
+        train(params, data, work)
+    return begun
+
+
+@pytest.mark.parametrize("name", ["ir_nce", "la", "cave", "cmc_ring", "moco_ring", "supervised"])
+def test_a_run_goes_on_within_an_epoch(name, data, tmp_path, monkeypatch):
+    assert halted(run(name), data, tmp_path / "a", monkeypatch, 8) == [0, 8]
+    assert bytes_of(tmp_path / "a/out") == bytes_of(train(run(name), data, tmp_path / "b"))
+
+
+def test_control_clusters_of_a_begun_epoch_matter(data, tmp_path, monkeypatch):
+    whole = bytes_of(train(run("cave"), data, tmp_path / "b"))
+    monkeypatch.setattr(banks, "held", lambda bank, values: torch.zeros_like(values))
+    halted(run("cave"), data, tmp_path / "a", monkeypatch, 8)
+    assert bytes_of(tmp_path / "a/out")["chain.txt"] != whole["chain.txt"]
 
 
 PROGRAM = """

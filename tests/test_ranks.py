@@ -175,6 +175,14 @@ def test_a_run_goes_on_with_other_parts_of_the_bank(name, data, tmp_path):
     assert {name: bytes_of(tmp_path / name / "out")} == whole
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_within_an_epoch_with_other_parts_of_bank_and_clusters(data, tmp_path):
+    processes = start(2, data, tmp_path, "la", "4:4", MIREPRO_TEST_DIE="1:9", MIREPRO_TEST_OFTEN="1")
+    assert finish(processes, 120)[1][0] == -9
+    assert finish(start(4, data, tmp_path, "la", "4:4"))[0][:2] == (0, "resumed at 8\n")
+    assert bytes_of(tmp_path / "la" / "out") == outputs(1, data, tmp_path / "whole", "la", "4:4")["la"]
+
+
 @pytest.mark.full
 def test_a_killed_rank_that_holds_rows_ends_the_others_and_the_run_goes_on(data, tmp_path):
     processes = start(2, data, tmp_path, "ring", "4:4", MIREPRO_TEST_DIE="1:7")

@@ -17,6 +17,7 @@ import yaml
 from cluster import Cluster, missing, until, working
 from miniature import Miniature
 
+from mirepro import checkpoint
 from mirepro.errors import UserError
 from mirepro.launch import slurm
 from mirepro.launch.launcher import JobFailed, Launcher, Ticket
@@ -172,6 +173,17 @@ def test_requeue_by_hand(cluster: Cluster, tmp_path: Path) -> None:
     bench.wait()
     assert len(bench.attempts()) == 1
     assert int(bench.runs()[1][1]) > 0
+
+
+def test_a_requeued_training_goes_on_within_its_epoch(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "a", slurm_jobs.linger, data)
+    until(lambda: (bench.work / "state" / checkpoint.NAME).exists(), 120, "checkpoint")
+    cluster.run("scontrol", "requeue", bench.handle.job)
+    bench.wait()
+    (job, first), (again, second) = bench.runs()
+    assert (again, first) == (job, "0")
+    assert int(second) % 5 > 0, "an epoch has five steps"
+    assert bytes_of(bench.work / "out") == bytes_of(train(run("la"), data, tmp_path / "b"))
 
 
 @pytest.mark.parametrize("own", [{}, {"extra": "SlurmctldParameters=preempt_send_user_signal"}], indirect=True)

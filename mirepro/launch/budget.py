@@ -193,6 +193,24 @@ def lines(profile: Profile) -> list[str]:
         said = "not measured" if math.isnan(total) else f"{total:,.3g} h"
         shown.append(f"{machine} ({machines[machine]['what']}): {said} in all")
     shown.append(f"disk of the outputs: {disk / 1e9:.3g} GB (twice that with DVC's cache on another file system)")
-    if profile.detect_runs:
-        shown.append(f"not predicted: {len(profile.detect_runs)} detection stages, controls, toy")
+    shown += ["", *_tables(profile, rates), ""]
+    detections = f"{len(profile.detect_runs)} detection stages, " if profile.detect_runs else ""
+    shown.append(f"not predicted: {detections}controls, toy")
+    return shown
+
+
+def _tables(profile: Profile, rates: dict[str, Any]) -> list[str]:
+    """What the runs of each table cost, pretraining and evaluation; tables share runs."""
+    machines, found = rates["machines"], works(profile)
+    shown = [f"{'runs of':<12}{'n':>5}" + "".join(f"{name + ', h':>22}" for name in machines) + f"{'disk, GB':>10}"]
+    for table, layout in profile.values["tables"].items():
+        runs = sorted({run for row in (layout.get("rows") or {}).values() for run in row or []})
+        stages = [f"{kind}@{run}" for run in runs for kind in ("pretrain", "evaluate")]
+        cells = ""
+        for own in machines.values():
+            each = [seconds(found[stage], own, stage.partition("@")[0]) for stage in stages]
+            hours = None if None in each else sum(filter(None, each)) / 3600
+            cells += f"{'not measured' if hours is None else format(hours, ',.3g'):>22}"
+        disk = sum(found[stage].disk for stage in stages) / 1e9
+        shown += [f"{table:<12}{len(runs):>5}{cells}{disk:>10.2g}"] if runs else []
     return shown

@@ -16,7 +16,7 @@ from mirepro.launch.scheduler import Request, Scheduler, Unreachable
 from mirepro.launch.slurm import command
 from mirepro.site import Section, Site, parse_minutes
 
-MINUTES = 2  # limit of the probe
+MINUTES = 1  # limit of the probe
 
 
 class Probe:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mirepro import progress
 from mirepro.errors import UserError
 from mirepro.launch.container import die_with_client, unblock
 
@@ -55,6 +54,8 @@ class Task:
         """Returns None, or in one line what was refused; other errors are submitit's to report."""
         # The computation makes the work folder: a late rank must not, its result may have been collected already.
         self._started, self._found = time.monotonic(), stamp(self.work)
+        from mirepro import progress  # every command imports this module, and few a bar
+
         os.environ[progress.REPORT] = str(self.work / "progress")
         _substitute_scontrol()
         die_with_client()
