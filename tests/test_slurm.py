@@ -177,7 +177,7 @@ def test_requeue_by_hand(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_a_requeued_training_goes_on_within_its_epoch(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     bench = Bench(tmp_path / "a", slurm_jobs.linger, data)
-    until(lambda: (bench.work / "state" / checkpoint.NAME).exists(), 120, "checkpoint")
+    until(lambda: bench.handle.poll() or (bench.work / "state" / checkpoint.NAME).exists(), 120, "checkpoint")
     cluster.run("scontrol", "requeue", bench.handle.job)
     bench.wait()
     (job, first), (again, second) = bench.runs()
