@@ -347,7 +347,7 @@ def test_submission_cut_short_is_found(tmp_path: Path, monkeypatch: pytest.Monke
     folder.mkdir()
     request = Request("a", tmp_path, folder, Task(lambda: slurm_jobs.hold(tmp_path), tmp_path, 60), Section(), 0)
     job = local.submit(request)
-    assert local.find("a", folder) == job
+    until(lambda: local.find("a", folder) == job, 10, "its command line, which exec sets after its pipe has closed")
     assert local.find("a", tmp_path / "other") is None
     local.cancel(Attempt("t", "job", "submitted", local.cluster(), job), "a")
     (folder / f"{'0' * 32}.pkl").touch()

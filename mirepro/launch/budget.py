@@ -177,7 +177,8 @@ def lines(profile: Profile) -> list[str]:
     shown = [head + f"{'memory, GB':>12}{'disk, GB':>10}"]
     totals, disk = dict.fromkeys(machines, 0.0), 0.0
     groups: dict[tuple[str, str], list[Work]] = {}
-    for name, work in works(profile).items():
+    stages = works(profile)
+    for name, work in stages.items():
         kind, _, run = name.partition("@")
         groups.setdefault((kind, profile.runs[run].row), []).append(work)
     for (kind, row), found in groups.items():
@@ -193,15 +194,15 @@ def lines(profile: Profile) -> list[str]:
         said = "not measured" if math.isnan(total) else f"{total:,.3g} h"
         shown.append(f"{machine} ({machines[machine]['what']}): {said} in all")
     shown.append(f"disk of the outputs: {disk / 1e9:.3g} GB (twice that with DVC's cache on another file system)")
-    shown += ["", *_tables(profile, rates), ""]
+    shown += ["", *_tables(profile, stages, rates), ""]
     detections = f"{len(profile.detect_runs)} detection stages, " if profile.detect_runs else ""
     shown.append(f"not predicted: {detections}controls, toy")
     return shown
 
 
-def _tables(profile: Profile, rates: dict[str, Any]) -> list[str]:
+def _tables(profile: Profile, found: dict[str, Work], rates: dict[str, Any]) -> list[str]:
     """What the runs of each table cost, pretraining and evaluation; tables share runs."""
-    machines, found = rates["machines"], works(profile)
+    machines = rates["machines"]
     shown = [f"{'runs of':<12}{'n':>5}" + "".join(f"{name + ', h':>22}" for name in machines) + f"{'disk, GB':>10}"]
     for table, layout in profile.values["tables"].items():
         runs = sorted({run for row in (layout.get("rows") or {}).values() for run in row or []})
