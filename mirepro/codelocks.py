@@ -27,7 +27,12 @@ ENTRIES = {
 """The module that each stage runs."""
 
 TEXTS = {
-    "tables": ("published/{profile}.csv", "mirepro/report/claims.yaml", "mirepro/report/table.schema.json"),
+    "tables": (
+        "published/{profile}.csv",
+        "profiles/{profile}/claims.yaml",
+        "mirepro/report/claims.yaml",
+        "mirepro/report/table.schema.json",
+    ),
     "report": ("docs/deviations.md", "mirepro/report/templates/page.html.j2", "mirepro/report/templates/style.css"),
 }
 """Files beside the package that a stage reads where they exist."""

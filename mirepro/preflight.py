@@ -35,7 +35,7 @@ def _mark(profile: Profile) -> str:
 
 
 def _pretraining(profile: Profile) -> None:
-    from mirepro import encoders, objectives, pretrain
+    from mirepro import encoders, objectives, settings
     from mirepro.data import shards
 
     data = profile.values["pretrain"]["data"]
@@ -50,10 +50,10 @@ def _pretraining(profile: Profile) -> None:
         seen.add(entry.row)
         run = profile.run(name)
         try:
-            pretrain.check(run.pretrain, size)
+            settings.check(run.pretrain, size)
             encoders.check(run.pretrain.encoder)
             if run.pretrain.device != "cuda" or run.tier == "portable":  # where the job runs there may be a GPU
-                pretrain.device(run)
+                settings.device(run)
             objective = objectives.create(run.objective, run.options)
             objective.check(size, run.pretrain.encoder.dim)
             if objective.uses_labels and getattr(objective, "classes", classes) != classes:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import operator
 import sys
 import time
 from pathlib import Path
@@ -12,13 +11,26 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from mirepro import banks, checkpoint, determinism, diagnostics, encoders, files, metrics, objectives, ranks, rng, views
+from mirepro import (
+    banks,
+    checkpoint,
+    determinism,
+    diagnostics,
+    encoders,
+    files,
+    metrics,
+    objectives,
+    ranks,
+    rng,
+    settings,
+    views,
+)
 from mirepro.data import shards
 from mirepro.data.images import Images
 from mirepro.errors import UserError
 from mirepro.moments import Moments
 from mirepro.objectives.base import Objective, Output, Step
-from mirepro.params import OptimParams, PretrainParams, RunParams
+from mirepro.params import RunParams
 from mirepro.progress import Bar
 
 CHECKPOINT_SECONDS = 2.0
@@ -27,7 +39,6 @@ WITHIN_SECONDS = 60.0
 """The same within an epoch, asked every `WITHIN_STEPS`; longer where writing would take more than `WITHIN_SHARE`."""
 WITHIN_STEPS, WITHIN_SHARE = 16, 0.05
 _ALONE = ranks.World()
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pretrain(run: RunParams, data_folder: Path, work: Path, out: Path, fingerprint: str) -> dict[str, Any]:
@@ -55,64 +66,13 @@ def pretrain(run: RunParams, data_folder: Path, work: Path, out: Path, fingerpri
         return document if world.leader else {}
 
 
-def check(params: PretrainParams, size: int) -> None:
-    """Refuses impossible settings with UserError."""
-    rules = {
-        "batch": (1 <= params.batch <= size, f"between 1 and the {size} training images"),
-        "shards": (params.shards >= 1 and params.batch % params.shards == 0, f"a divisor of the batch {params.batch}"),
-        "bank_shards": (0 <= params.bank_shards <= size, f"0 (whole banks) or at most the {size} training images"),
-        "epochs": (params.epochs >= 0, "0 or more"),
-        "encoder.norm": (not params.encoder.norm or params.batch > params.shards, "two images a shard, or norm: false"),
-        "precision": (params.precision in PRECISIONS, " or ".join(PRECISIONS)),
-        "monitor": (params.monitor >= 0, "0 (never) or a number of epochs"),
-        "digest": (params.digest >= 1, "a number of steps"),
-    }
-    for key, (right, remedy) in rules.items():
-        if not right:
-            value = operator.attrgetter(key)(params)
-            raise UserError(f"pretrain.{key}: {value!r} is impossible; use {remedy}")
-    optim = params.optim
-    for key in ("lr", "momentum", "weight_decay", "warmup"):
-        if getattr(optim, key) < 0:
-            raise UserError(f"optim.{key}: {getattr(optim, key)} is impossible; use 0 or more")
-    schedules = ("constant", "step", "cosine")
-    if params.optim.schedule not in schedules:
-        raise UserError(f"optim.schedule: {params.optim.schedule!r} is unknown; known: {', '.join(schedules)}")
-    views.check(params.views)
-
-
-def device(run: RunParams) -> torch.device:
-    """Where a run computes.
-
-    Raises:
-        UserError: Unknown device, none here, or tier portable, which is the CPU's.
-    """
-    name, cuda = run.pretrain.device, run.pretrain.device == "cuda"
-    if name not in ("cpu", "cuda") or (cuda and run.tier == "portable"):
-        raise UserError(f"pretrain.device: {name!r} is impossible in tier {run.tier}; use cpu, or cuda in tier exact")
-    if cuda and not torch.cuda.is_available():
-        raise UserError("pretrain.device: torch finds no CUDA device here; use cpu, or another machine")
-    return torch.device(name)
-
-
-def learning_rate(optim: OptimParams, progress: float) -> float:
-    """Learning rate at `progress` in [0, 1): linear warm-up, then constant, step (x.1 a milestone) or cosine."""
-    if progress < optim.warmup:
-        return optim.lr * (progress / optim.warmup)
-    if optim.schedule == "step":
-        return optim.lr * 0.1 ** sum(progress >= milestone for milestone in optim.milestones)
-    if optim.schedule == "cosine":
-        return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return optim.lr
-
-
 class Trainer:
     """The state of a run: model, objective, banks, optimiser, history, digest chain."""
 
     def __init__(self, run: RunParams, train: shards.Split, val: shards.Split, world: ranks.World = _ALONE) -> None:
         self.run, self.params, self.world = run, run.pretrain, world
-        check(self.params, train.size)
-        self.device = device(run)
+        settings.check(self.params, train.size)
+        self.device = settings.device(run)
         self.objective: Objective = objectives.create(run.objective, run.options)
         self.warnings = self.objective.check(train.size, self.params.encoder.dim)
         if self.objective.uses_labels and getattr(self.objective, "classes", 0) != len(train.classes):
@@ -231,7 +191,7 @@ class Trainer:
 
     def _embed(self, rgb: list[Tensor]) -> dict[str, Tensor]:
         """Views `(b, 3, S, S)` of one shard -> embeddings `(b, D)` float32; BatchNorm sees this shard alone."""
-        kind = PRECISIONS[self.params.precision]
+        kind = settings.PRECISIONS[self.params.precision]
         with torch.autocast(rgb[0].device.type, kind or torch.bfloat16, enabled=kind is not None):
             z = self.objective.embed(self.model, rgb)
         if kind is None:
@@ -252,7 +212,7 @@ class Trainer:
 
     def _schedule(self) -> None:
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.params.optim, self.step / self.total_steps)
+            group["lr"] = settings.learning_rate(self.params.optim, self.step / self.total_steps)
 
     def _count(self, output: Output) -> None:
         loss = float(output.loss.detach())

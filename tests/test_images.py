@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mirepro import pretrain
+from mirepro import settings
 from mirepro.data import images, shards
 from mirepro.errors import UserError
 from tests.test_pretrain import bytes_of, data, run, train
@@ -94,8 +94,8 @@ def test_devices(device, tier, said):
     params = run()
     wrong = dataclasses.replace(params, tier=tier, pretrain=dataclasses.replace(params.pretrain, device=device))
     with pytest.raises(UserError, match=said):
-        pretrain.device(wrong)
-    assert pretrain.device(params) == torch.device("cpu")
+        settings.device(wrong)
+    assert settings.device(params) == torch.device("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
@@ -103,4 +103,4 @@ def test_no_device_is_said_in_one_line():
     params = run()
     absent = dataclasses.replace(params, tier="exact", pretrain=dataclasses.replace(params.pretrain, device="cuda"))
     with pytest.raises(UserError, match="no CUDA device"):
-        pretrain.device(absent)
+        settings.device(absent)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from mirepro import banks, checkpoint, diff, encoders, objectives, pretrain, ranks, rng, views
+from mirepro import banks, checkpoint, diff, encoders, objectives, pretrain, ranks, rng, settings, views
 from mirepro.data import shards
 from mirepro.errors import UserError
 from mirepro.params import EncoderParams, OptimParams, PretrainParams, RunParams, ViewParams
@@ -356,7 +356,7 @@ def test_maps_lie_channels_last_only_where_the_width_fills_vectors(arch, channel
 
 
 def test_schedules():
-    rate = pretrain.learning_rate
+    rate = settings.learning_rate
     assert [rate(OptimParams(lr=1.0, schedule="step"), p) for p in (0.0, 0.59, 0.6, 0.9)] == pytest.approx(
         [1, 1, 0.1, 0.01]
     )

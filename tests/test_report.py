@@ -190,6 +190,15 @@ def test_two_builds_are_byte_equal_and_other_numbers_are_not(root: Path) -> None
     assert changed["T2.json"] == first["T2.json"]
 
 
+def test_a_profile_may_have_claims_of_its_own(root: Path) -> None:
+    tables.build(root, "desk", LAYOUT)
+    assert "ring-ball" in verdicts(root)  # control: the package's
+    own = "{id: mine, table: T1, column: linear_flat, better: cmc, than: ir}"
+    files.write_text(root / "profiles/desk/claims.yaml", f"alpha: 0.05\nseeds: 5\nclaims: [{own}]\n")
+    tables.build(root, "desk", LAYOUT)
+    assert verdicts(root) == {"mine": "supported"}
+
+
 def test_cells_hold_mean_and_sample_deviation(root: Path) -> None:
     for seed, value in enumerate((30.0, 32.0, 34.0, 36.0, 38.0)):
         set_cell(root, f"ir-s{seed}", "linear_flat", value)

@@ -7,7 +7,7 @@ from typing import Any
 from mirepro.audit import recompute, verdicts
 from mirepro.audit.evidence import Gathered
 from mirepro.audit.integrity import FAIL, UNKNOWN, Audited, Check
-from mirepro.report import claims
+from mirepro.report import tables
 
 REPRODUCED, DIVERGED, INCONCLUSIVE = "REPRODUCED", "DIVERGED", "INCONCLUSIVE"
 EXITS = {REPRODUCED: 0, DIVERGED: 1, INCONCLUSIVE: 2}
@@ -77,7 +77,7 @@ def judge_claims(audited: Audited, gathered: Gathered, work: Path) -> tuple[list
     verdict_of = {str(item.get("text")): str(item.get("verdict")) for item in before.values()}
     root = work / "merged" if gathered.reruns else work / "tables"
     try:
-        judged = recompute.judge_claims(root, audited.profile, own or claims.load())
+        judged = recompute.judge_claims(root, audited.profile, own or tables.claims_of(audited.copy, audited.name))
     except recompute.DAMAGED as error:
         words = str(error).replace(f"{root}/", "") or type(error).__name__
         return [], [Check(UNJUDGED, UNKNOWN, "the claims could not be judged", [words[:300]])]

@@ -60,7 +60,7 @@ class Claims:
 
 
 def load(path: Path = PATH) -> Claims:
-    """Reads and checks the claims file.
+    """Reads and checks a claims file.
 
     Raises:
         UserError: Unknown or missing key, wrong type, impossible value, two claims of one id.
