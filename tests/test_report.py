@@ -14,7 +14,7 @@ import pytest
 
 from mirepro import files, metrics
 from mirepro.errors import UserError
-from mirepro.report import claims, page, tables, text
+from mirepro.report import claims, exhibits, page, tables, text
 
 SEEDED = {"ir": (34.0, 5), "ball": (35.0, 5), "ring": (36.0, 5), "la": (33.0, 5), "cmc": (38.0, 5),
           "ir_nce": (33.5, 3), "cave": (34.4, 3), "cave_numerator": (30.3, 3), "cmc_nce": (36.0, 3),
@@ -331,6 +331,21 @@ def test_verdicts_follow_the_data(root: Path) -> None:
     set_cell(root, "ir-s4", "linear_flat", None)
     tables.build(root, "desk", LAYOUT)
     assert verdicts(root)["ir-random"] == claims.SEEDS
+
+
+def test_original_stands_beside_simplified(root: Path) -> None:
+    pairs = {"ir_nce": ["ir_nce-s0", "ir_nce-s1"], "ir": ["ir-s0"], "la": ["la-s0"], "cave": ["cave-s0"]}
+    shown = exhibits.curves(root, "desk", {"T1": {"rows": pairs}})["figures"][-1]
+    assert shown["name"] == "curve-pairs"
+    assert panels(shown["svg"]) == 2
+    shutil.rmtree(root / "runs/desk/pretrain/cave-s0")  # control: a pair of which one was not trained is left out
+    assert panels(exhibits.curves(root, "desk", {"T1": {"rows": pairs}})["figures"][-1]["svg"]) == 1
+    assert exhibits.curves(root, "desk", {"T1": {"rows": {"ir": ["ir-s0"]}}})["figures"][-1]["name"] == "curve-knn1_val"
+
+
+def panels(svg: str) -> int:
+    """How many axes a figure has."""
+    return len(re.findall(r'id="[\w-]*axes_\d+"', svg))
 
 
 def test_page_is_self_contained_and_complete(root: Path) -> None:

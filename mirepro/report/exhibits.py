@@ -19,6 +19,8 @@ CURVES = (
     ("estimate", "estimate (nats)", "Estimate of the training objective; thin lines are its caps"),
     ("knn1_val", "1-NN on val (%)", "Nearest-neighbour accuracy on validation images"),
 )
+SIMPLIFIED = (("ir_nce", "ir"), ("la", "cave"), ("cmc_nce", "cmc"))
+"""An objective as its authors' code has it, and the simplified one beside it (arXiv:2005.13149)."""
 
 
 def curves(root: Path, profile: str, layout: Mapping[str, Any]) -> Exhibit:
@@ -33,7 +35,29 @@ def curves(root: Path, profile: str, layout: Mapping[str, Any]) -> Exhibit:
             name = f"curve-{key}"
             svg = figures.curves(name, label, series, list(rows), caps)
             shown.append({"name": name, "svg": svg, "caption": caption})
+    shown += _pairs(rows)
     return {"figures": shown, "legend": [(row, figures.swatch(place)) for place, row in enumerate(rows)]}
+
+
+def _pairs(rows: Mapping[str, list[list[dict[str, Any]]]]) -> list[Exhibit]:
+    """Nearest-neighbour accuracy along the epochs, a panel for each pair that was trained."""
+    panels = [panel for pair in SIMPLIFIED if (panel := _panel(rows, pair))]
+    if not panels:
+        return []
+    svg = figures.pairs("curve-pairs", "1-NN on val (%)", panels)
+    caption = "Original (dashed) against simplified objectives: nearest-neighbour accuracy, mean and every seed"
+    return [{"name": "curve-pairs", "svg": svg, "caption": caption}]
+
+
+def _panel(
+    rows: Mapping[str, list[list[dict[str, Any]]]], pair: tuple[str, str]
+) -> dict[str, list[list[tuple[float, float]]]]:
+    """Of both rows the mean over seeds and then each seed; empty unless both were trained and watched."""
+    panel = {}
+    for row in pair:
+        seeds = rows.get(row, [])
+        panel[row] = [average(some, "knn1_val") for some in (seeds, *([seed] for seed in seeds))]
+    return panel if all(map(all, panel.values())) else {}
 
 
 def history(root: Path, profile: str, run: str) -> list[dict[str, Any]]:

@@ -84,6 +84,23 @@ def curves(name: str, label: str, series: Series, order: Sequence[str], caps: Se
     return draw(name, (5.2, 3.4), paint)
 
 
+def pairs(name: str, label: str, panels: Sequence[Mapping[str, Sequence[Sequence[tuple[float, float]]]]]) -> str:
+    """A panel for each pair of rows, the first one dashed: every seed as a thin line, the mean as a thick one."""
+
+    def paint(figure: Any) -> None:
+        for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+            for (row, seeds), colour, dash in zip(panel.items(), COLOURS, ("--", "-"), strict=False):
+                for points in seeds[1:]:
+                    axes.plot(*zip(*points, strict=True), color=colour, linestyle=dash, linewidth=0.7, alpha=0.4)
+                axes.plot(*zip(*seeds[0], strict=True), color=colour, linestyle=dash, linewidth=1.8, label=row)
+            axes.legend(frameon=False, loc="lower right", fontsize=9)
+            axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.axes[0].set_ylabel(label)
+
+    return draw(name, (2.2 + 2.4 * len(panels), 3.0), paint)
+
+
 def dots(name: str, label: str, rows: Mapping[str, Sequence[float]]) -> str:
     """A line per row: every seed as a pale dot, the mean with its 95 % t interval (five and more seeds: filled)."""
 
