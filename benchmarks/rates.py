@@ -1,6 +1,7 @@
 """Rates of `mirepro plan` from a finished reproduction: `python -m benchmarks.rates [--profile desk] [--root .]`.
 
-Runs of seed 0 are fitted (non-negative least squares on the counted work); all other runs check the fit. The speeds of
+Runs of seed 0 are fitted (non-negative least squares on the counted work), of detection those of `ir` and `random`; all
+other runs check the fit. The speeds of
 the bank's scan and of its clustering come from the benchmarks with 1.28 M rows.
 """
 
@@ -14,11 +15,11 @@ from scipy.optimize import nnls
 
 from mirepro import files, profiles
 from mirepro.launch import budget
-from mirepro.launch.budget import Work
+from mirepro.launch.work import Work
 
 BANK = "benchmarks/results/2026-11-25-zen5-1281167.json"
 CLUSTERING = "benchmarks/results/2026-11-25-zen5-clustering.json"
-OWN = {"pretrain": ("encoder",), "evaluate": ("solve",)}
+OWN = {"pretrain": ("encoder",), "evaluate": ("solve",), "detect": ("detector",)}
 """The parts that each kind of stages determines."""
 LIBRARIES_GB = 0.68
 """Resident memory of a stage once its libraries are imported, measured."""
@@ -46,9 +47,15 @@ def assign() -> float:
     return float(setting["rows"] * setting["clusters"] * setting["dim"] / max(kind["iteration_s"] for kind in found))
 
 
+def fitted(name: str) -> bool:
+    """Whether a stage is one of those that the rates are fitted to; detection has no other seeds than 0."""
+    kind, _, run = name.partition("@")
+    return run.startswith(("ir-", "random-")) if kind == "detect" else run.endswith("-s0")
+
+
 def fit(works: dict[str, Work], measured: Times, kind: str, rates: dict[str, float | None]) -> tuple[float, dict]:
     """Seconds before the first image, and the rates of this kind's own parts; the others are taken as given."""
-    names = [n for n in measured if n.startswith(f"{kind}@") and n.endswith("-s0") and n in works]
+    names = [n for n in measured if n.startswith(f"{kind}@") and fitted(n) and n in works]
     given = [p for p in budget.PARTS if p not in OWN[kind] and rates.get(p)]
     rest = [measured[n] - sum(getattr(works[n], p) / rates[p] for p in given) for n in names]  # type: ignore[operator]
     columns = [[1.0, *(getattr(works[n], p) for p in OWN[kind])] for n in names]
@@ -76,7 +83,7 @@ def main() -> None:
     errors = defaultdict(list)
     for name in sorted(measured.keys() & works.keys()):
         kind = name.partition("@")[0]
-        if not name.endswith("-s0"):
+        if not fitted(name):
             predicted = budget.seconds(works[name], rates, kind)
             errors[kind].append(None if predicted is None else predicted / measured[name])
     gpu = dict.fromkeys(budget.PARTS) | {"what": "no device at hand so far", "start": {}}

@@ -17,7 +17,7 @@ from PIL import Image
 from mirepro import codelocks, execution, files, objectives, params, profiles, stages
 from mirepro.data import imagenet
 from mirepro.errors import UserError
-from mirepro.launch import budget
+from mirepro.launch import work
 from mirepro.report.metrics import MODELS
 from mirepro.report.tables import claims_of
 from mirepro.transfer import detection
@@ -59,7 +59,7 @@ def test_every_row_is_possible_at_paper_scale(paper: profiles.Profile) -> None:
 def test_rows_of_small_sets_are_possible_and_fit_their_regions(root: Path, name: str) -> None:
     profile = profiles.load(root, name)
     profile.check()
-    size, _, _, classes = budget.SIZES[profile.values["pretrain"]["data"]]
+    size, _, _, classes = work.SIZES[profile.values["pretrain"]["data"]]
     for key in profile.runs:
         run = profile.run(key)
         assert objectives.create(run.objective, run.options).check(size, run.pretrain.encoder.dim) == [], key

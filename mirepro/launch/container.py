@@ -70,7 +70,7 @@ class Container:
         words = ["podman", "run", "--rm", "--network=host", "--ipc=host", "--pid=host", "--user=0:0"]
         words += ["--workdir", str(self.root), *device, *binds, *variables, "--entrypoint", PYTHON, image]
         shield = f"env --block-signal={SIGNAL}"
-        shielded = f'export {CLIENT}=$$; shield=$({shield} echo {shield} 2>/dev/null); exec $shield'
+        shielded = f"export {CLIENT}=$$; shield=$({shield} echo {shield} 2>/dev/null); exec $shield"
         return shlex.join(["sh", "-c", f'{shielded} {shlex.join(words)} "$@"', "podman"])
 
 

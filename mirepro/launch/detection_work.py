@@ -1,0 +1,124 @@
+"""What detection stages compute, hold and write; multiply-adds are counted on the detector's own modules."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mirepro import encoders, files, objectives
+from mirepro.launch.work import Work
+from mirepro.params import DetectParams, EncoderParams, RunParams
+from mirepro.transfer import detection_model
+from mirepro.transfer.detection import SHOWN, Variant
+from mirepro.transfer.detection_model import Detector
+
+FIND = 200
+"""Bytes of a find in detections.json, at most."""
+TESTED = 4
+"""Variants that are tested; three where the chosen rate is the fixed one."""
+OBJECTS = 8
+"""Objects of an image, whose masks are held; COCO has 7.3 on average."""
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """How much data a detection stage reads: images of each split, categories, keypoints of an object."""
+
+    train: int
+    val: int
+    test: int
+    categories: int
+    keypoints: int = 0
+
+
+SIZES = {"coco": Scenes(106_459, 11_828, 5000, 80, 17), "voc": Scenes(14_896, 1655, 4952, 20),
+         "lvis": Scenes(90_153, 10_017, 19_809, 1203)}  # fmt: skip
+"""Of data sets that may not be here; a tenth of the training images is val."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds of one image: its trunk, what is learnt from it beyond, what is done with it beyond in a test."""
+
+    trunk: float
+    learnt: float
+    tested: float
+    weights: int
+
+
+def scenes(root: Path, name: str) -> Scenes:
+    """Sizes of a data set: its manifest's, else those that are known."""
+    path = root / "data" / name / "manifest.json"
+    if not path.is_file():
+        return SIZES[name]
+    manifest = files.read_json(path)
+    train, val, test = (manifest["splits"][split]["samples"] for split in ("train", "val", "test"))
+    meta = manifest["meta"]
+    return Scenes(train, val, test, len(meta["categories"]), len(meta.get("keypoints", {}).get("names", [])))
+
+
+def detection(run: RunParams, model: str, params: DetectParams, sizes: Scenes) -> Work:
+    """A detection stage: every learning rate and variant is trained, val is read for each rate, test for each variant.
+
+    Repeat-factor sampling makes an epoch longer by what the data decide, which is not counted.
+    """
+    each = cost(run.pretrain.encoder, objectives.load(run.objective).modalities, model, params, sizes)
+    trained = [*map(Variant, params.lrs), Variant(max(params.lrs), params.long), Variant(max(params.lrs), frozen=True)]
+    epochs = params.keypoint_epochs if model == "keypoint" else params.epochs
+    seen = sum(
+        epochs * variant.length * 3 * (each.learnt + each.trunk * (not variant.frozen))
+        + 3 * each.trunk * variant.frozen  # two views of every image, and the statistics of BatchNorm
+        for variant in trained
+    )
+    tests = (each.trunk + each.tested) * (sizes.val * len(params.lrs) + sizes.test * TESTED)
+    images, side = sizes.train + max(sizes.val, sizes.test), params.size**2
+    marks = 2 * OBJECTS * side if model == "mask" else 0
+    held = images * (12 * side + marks) + 16 * each.weights
+    shown = SHOWN * params.detections * FIND
+    return Work(0.0, 0.0, 0.0, 0.0, held, shown, detector=seen * sizes.train + tests)
+
+
+@cache
+def cost(encoder: EncoderParams, modalities: tuple[str, ...], model: str, params: DetectParams, sizes: Scenes) -> Cost:
+    """Counts the parts on shapes alone; RoIs are as many as may be, so that fewer objects make it an upper bound."""
+    with torch.device("meta"):
+        trunk = encoders.Ensemble(encoder, modalities)
+        detector = detection_model.build(trunk, model, params, sizes.categories, sizes.keypoints).eval()
+        image = torch.empty(1, 3, params.size, params.size)
+        positive = round(params.roi_samples * params.roi_positive)
+        looked, maps = counted(lambda: detector.backbone.maps(image))
+        dense, _ = counted(lambda: _dense(detector, maps))
+        learnt = _rois(detector, model, params, params.roi_samples, positive)
+        tested = _rois(detector, model, params, params.proposals, params.detections)
+    return Cost(looked, dense + learnt, dense + tested, encoders.count(detector))
+
+
+def counted(compute: Callable[[], list[Tensor]]) -> tuple[float, list[Tensor]]:
+    """Multiply-adds of a computation, and its result."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        result = compute()
+    return counter.get_total_flops() / 2, result
+
+
+def _dense(detector: Detector, maps: list[Tensor]) -> list[Tensor]:
+    """What is computed everywhere in an image: the pyramid and the proposals' scores and boxes."""
+    fused = list(detector.backbone.fuse(maps).values())
+    scores, boxes = detector.rcnn.rpn.head(fused)
+    return [*scores, *boxes]
+
+
+def _rois(detector: Detector, model: str, params: DetectParams, boxes: int, finds: int) -> float:
+    """Multiply-adds of the heads on so many RoIs of the box head and of the model's own head."""
+    heads = detector.rcnn.roi_heads
+    pooled = torch.empty(boxes, params.fpn, params.box_pool, params.box_pool)
+    total, _ = counted(lambda: list(heads.box_predictor(heads.box_head(pooled))))
+    if model != "box" and finds:
+        side = (params.mask if model == "mask" else params.keypoint).pool
+        head, predictor = getattr(heads, f"{model}_head"), getattr(heads, f"{model}_predictor")
+        own, _ = counted(lambda: [predictor(head(torch.empty(finds, params.fpn, side, side)))])
+        total += own
+    return total
