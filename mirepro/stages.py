@@ -214,6 +214,30 @@ def run(root: Path, profile_name: str, kind: str, key: str | None = None, launch
         _record(profile, kind, keys, done)
 
 
+class _Unfinished(Exception):
+    """There is no result to collect."""
+
+
+def collect(root: Path, profile_name: str, kind: str, key: str | None = None) -> bool:
+    """Does what `run` would where a stage's result waits in its work folder; else, and then False, nothing.
+
+    Raises:
+        UserError: See `run`.
+    """
+
+    def refuse(*_: object) -> None:
+        raise _Unfinished
+
+    profile = profiles.load(root, profile_name)
+    if kind not in JOBS or determinism.departures(profile.tier, profile.threads):
+        return False  # `run` would start its own process anew
+    try:
+        run(root, profile_name, kind, key, refuse)
+    except _Unfinished:
+        return False
+    return True
+
+
 def prepare(root: Path, profile_name: str, kind: str, key: str | None) -> None:
     """Computes a stage's job and leaves the result in its work folder; `run` only collects it then.
 

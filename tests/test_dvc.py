@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mirepro import profiles, stages
 from mirepro.launch import dvc
 
 
@@ -28,6 +29,33 @@ def lock(text: str, tmp_path: Path) -> Path:
         name = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
         subprocess.run(["git", "-C", str(tmp_path), *name, *command], check=True)
     return path
+
+
+def test_a_fork_collects_and_else_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def collect(root: Path, profile: str, kind: str, key: str | None) -> bool:
+        if kind == "broken":
+            raise ValueError
+        (root / "collected").write_text(f"{profile} {kind} {key} {os.environ['OWN']} {os.getpid() != parent}")
+        return key != "ir-s1"
+
+    parent, ran = os.getpid(), list[str]()
+    monkeypatch.setattr(profiles, "find_root", Path)
+    monkeypatch.setattr(stages, "collect", collect)
+    run = dvc.collecting(lambda _, cmd, **__: ran.append(cmd))
+    options = {"cwd": str(tmp_path), "env": {"OWN": "variable"}}
+    run(None, "mirepro stage pretrain ir-s0 --profile desk", **options)
+    assert (tmp_path / "collected").read_text() == "desk pretrain ir-s0 variable True"
+    run(None, "mirepro stage toy --profile desk", **options)
+    assert (tmp_path / "collected").read_text() == "desk toy None variable True"
+    assert ran == []
+    others = [
+        "mirepro stage pretrain ir-s1 --profile desk",
+        "mirepro stage broken --profile desk",
+        "command -v mirepro",
+    ]
+    for command in others:
+        run(None, command, **options)
+    assert ran == others
 
 
 @pytest.mark.parametrize("share", [0.0, 0.0003, 0.01, 0.33, 0.5, 0.77, 0.9999])

@@ -156,6 +156,24 @@ def test_finished_work_is_collected(made: Miniature) -> None:
     assert made.run("repro").returncode == 0
 
 
+@pytest.mark.slow
+def test_a_result_is_collected_without_a_command_of_its_own(made: Miniature) -> None:
+    """Only quick stages start one; in the control plain DVC, which runs every command."""
+    line, ran = "    launcher = chosen(root)\n", made.root / "ran"
+    with edited(made, "mirepro/launch/jobs.py", line, f"{line}    open({str(ran)!r}, 'a').write(f'{{kind}} ')\n"):
+        with edited(made, "mirepro/toy.py", "params.banks", "11"):
+            assert made.run("repro").returncode == 0
+            assert json.loads((made.root / "metrics/desk/toy.json").read_text()) == {"banks": 11}
+            assert ran.read_text() == "code tables report "
+            assert made.stale() == set()
+        ran.unlink()
+        with edited(made, "mirepro/toy.py", "params.banks", "12"):
+            assert made.run("repro", module="dvc").returncode == 0
+            assert ran.read_text() == "code toy tables report "
+    ran.unlink()
+    assert made.run("repro").returncode == 0
+
+
 RECORD = "        _record(profile, kind, keys, done)\n"
 DIE = '        if kind == "toy":\n            import os\n\n            os.killpg(0, 9)\n'
 KEPT = ', KEEP: "1"}'
