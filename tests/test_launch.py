@@ -18,7 +18,7 @@ from miniature import Miniature
 from mirepro import execution, site, stages
 from mirepro.errors import UserError
 from mirepro.launch import commands, probe, scheduler, slurm
-from mirepro.launch.container import Container
+from mirepro.launch.container import Container, enroot
 from mirepro.launch.launcher import uninterrupted
 from mirepro.launch.ledger import Attempt, Entry, Status
 from mirepro.launch.scheduler import Local, Request
@@ -131,7 +131,19 @@ def test_container_commands(tmp_path: Path) -> None:
     assert f"--nv --pwd {tmp_path}" in words("apptainer").python()
     assert words("apptainer").python().endswith(f"docker://{DIGEST} python3")
     assert words("pyxis").python() == "python3"
-    assert words("pyxis").srun[0] == f"--container-image={DIGEST}"
+    assert words("pyxis").srun[0] == f"--container-image={enroot(DIGEST)}"
+
+
+@pytest.mark.parametrize(
+    ("image", "wanted"),
+    [
+        ("registry.example.org:5000/lab/mirepro@sha256:ab", "registry.example.org:5000#lab/mirepro:sha256:ab"),
+        ("localhost/mirepro@sha256:ab", "localhost#mirepro:sha256:ab"),
+        ("lab/mirepro@sha256:ab", "lab/mirepro:sha256:ab"),  # Docker Hub
+    ],
+)
+def test_pyxis_wants_the_registry_apart(image: str, wanted: str) -> None:
+    assert enroot(image) == wanted
 
 
 def test_image_is_part_of_the_fingerprint(tmp_path: Path) -> None:

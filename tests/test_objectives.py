@@ -1,7 +1,10 @@
 """The invariants of the objectives, against float64 formulas; each has a control that must fail."""
 
+import dataclasses
+import inspect
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from scipy import stats
 from mirepro import encoders, objectives, rng
 from mirepro.bank import MemoryBank
 from mirepro.errors import UserError
-from mirepro.objectives.base import Step
+from mirepro.objectives.base import Objective, Step
 from mirepro.objectives.regions import ranks
 from mirepro.params import EncoderParams
 
@@ -19,6 +22,29 @@ N, D, B = 200, 16, 12
 CONTRASTIVE = [name for name in objectives.names() if name not in ("supervised", "random")]
 PAIRED = [name for name in CONTRASTIVE if objectives.load(name).companions]  # two views; tests/test_pairs.py
 SAMPLED = [name for name in CONTRASTIVE if name not in ("la", *PAIRED)]
+
+
+SOURCE = re.compile(r"\[[^]]*\b(paper|code|derived|measured|unverified)\b[^]]*\]")
+TAGGED = {cls for name in objectives.names() for cls in objectives.load(name).__mro__ if issubclass(cls, Objective)}
+
+
+@pytest.mark.parametrize("cls", sorted(TAGGED, key=lambda cls: cls.__name__))
+def test_every_option_names_its_source(cls: type[Objective]) -> None:
+    own = {field.name for field in dataclasses.fields(cls) if field.init} & inspect.get_annotations(cls).keys()
+    assert untold(own, cls.__doc__ or "") == set()
+
+
+def test_an_option_without_a_source_is_seen() -> None:
+    text = "\n    Attributes:\n        k: Terms [code].\n        tau: Warmth,\n            that is [unverified].\n"
+    assert untold({"k", "tau"}, text) == set()
+    assert untold({"k", "momentum"}, text) == {"momentum"}
+    assert untold({"k", "tau"}, text.replace("[unverified]", "")) == {"tau"}
+
+
+def untold(names: set[str], text: str) -> set[str]:
+    """Those of the options that a docstring does not describe with a tag of docs/deviations.md."""
+    entries = re.findall(r"^        (\w+): (.*(?:\n            .*)*)", text, re.MULTILINE)
+    return names - {name for name, words in entries if SOURCE.search(words)}
 
 
 def unit(seed: int, n: int, d: int = D) -> torch.Tensor:

@@ -43,7 +43,7 @@ class Container:
         if self.section.runtime != "pyxis":
             return ()
         mounts = f"--container-mounts={','.join(self.binds)}"
-        return (f"--container-image={self.section.image}", mounts, f"--container-workdir={self.root}")
+        return (f"--container-image={enroot(str(self.section.image))}", mounts, f"--container-workdir={self.root}")
 
     def python(self) -> str:
         """The shell words that stand for the interpreter."""
@@ -72,6 +72,15 @@ class Container:
         shield = f"env --block-signal={SIGNAL}"
         shielded = f"export {CLIENT}=$$; shield=$({shield} echo {shield} 2>/dev/null); exec $shield"
         return shlex.join(["sh", "-c", f'{shielded} {shlex.join(words)} "$@"', "podman"])
+
+
+def enroot(image: str) -> str:
+    """An image's name as enroot wants it, [REGISTRY#]IMAGE[:TAG], a digest in the place of the tag (src/docker.sh)."""
+    name, at, digest = image.partition("@")
+    host, slash, rest = name.partition("/")
+    if slash and (host == "localhost" or "." in host or ":" in host):
+        name = f"{host}#{rest}"
+    return f"{name}:{digest}" if at else name
 
 
 def unblock() -> None:

@@ -8,7 +8,11 @@ from mirepro.objectives.regions import Region
 
 @dataclass
 class Ball(Region):
-    """Negatives uniform from the m_u most similar rows: a bound for every u (restricted estimate <= NCE)."""
+    """Negatives uniform from the m_u most similar rows: a bound for every u (restricted estimate <= NCE) [derived].
+
+    Attributes:
+        inner: 0, the ball has no hole [code].
+    """
 
     claim: ClassVar[str] = "yes"
     inner: float = 0.0

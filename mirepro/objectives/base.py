@@ -77,7 +77,16 @@ class Output:
 class Objective:
     """Base class: uniform negatives, cross-entropy `CE - log k`, estimate `log k - CE`.
 
-    The fields of a subclass are its options; configuration and messages come from them.
+    The fields of a subclass are its options; configuration and messages come from them. Each names its source by the
+    tags of docs/deviations.md: [paper], [code] (the authors' or their peers'), [derived], [measured], [unverified].
+
+    Attributes:
+        k: Terms of the partition, the positive included [code: 4096 noise draws beside the positive].
+        tau: Temperature, f = <z, row> / tau [code: .07].
+        momentum: m, the weight of the old row in the bank's update [code: .5, as `ir_nce`, `la` and `cmc_nce` have it].
+        own_row: `keep` the own row among the negatives [code], or `exclude` it [derived: then a bound only without
+            replacement].
+        replacement: Draws with [code] or without replacement [derived].
     """
 
     modalities: ClassVar[tuple[str, ...]] = ("rgb",)

@@ -9,7 +9,7 @@ from mirepro.objectives.clusters import Clustered
 
 @dataclass
 class Cave(Clustered):
-    """Negatives uniform from `B_i \\ C_i`; an anchor without any falls back to B_i without i."""
+    """Negatives uniform from `B_i \\ C_i`; an anchor without any falls back to B_i without i [unverified]."""
 
     claim: ClassVar[str] = "certified"
 

@@ -10,7 +10,7 @@ from mirepro.objectives.clusters import Clustered
 
 @dataclass
 class CaveNumerator(Clustered):
-    """`log(sum_P e^f + sum_neg e^f) - log sum_P e^f` with P = {i} and C_i, negatives from the ball; no estimate."""
+    """`log(sum_P e^f + sum_neg e^f) - log sum_P e^f` with P = {i} and C_i, negatives from the ball [unverified]."""
 
     def terms(self, q: Query) -> Terms:
         """See `Objective.terms`."""

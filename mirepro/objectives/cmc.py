@@ -8,6 +8,6 @@ from mirepro.objectives.ir import Ir
 
 @dataclass
 class Cmc(Ir):
-    """`ir` per direction, L against the ab bank and ab against the L bank, summed; both share their variates."""
+    """`ir` per direction, L against the ab bank and ab against L's, summed; both share their variates [paper, code]."""
 
     modalities: ClassVar[tuple[str, ...]] = ("L", "ab")

@@ -8,6 +8,6 @@ from mirepro.objectives.ir_nce import IrNce
 
 @dataclass
 class CmcNce(IrNce):
-    """`ir_nce` per direction, L against the ab bank and ab against the L bank, summed; both share their variates."""
+    """`ir_nce` per direction, L against the ab bank and ab against L's, summed; both share their variates [code]."""
 
     modalities: ClassVar[tuple[str, ...]] = ("L", "ab")

@@ -8,6 +8,9 @@ from mirepro.objectives.ring import Ring
 
 @dataclass
 class CmcRing(Ring):
-    """`ring` per direction, L against the ab bank and ab against the L bank, summed; both share their variates."""
+    """`ring` per direction, L against the ab bank and ab against the L bank, summed; both share their variates.
+
+    That a region is ranked in the other modality's bank is [unverified].
+    """
 
     modalities: ClassVar[tuple[str, ...]] = ("L", "ab")

@@ -18,6 +18,10 @@ class IrNce(Objective):
 
     Z is fixed from the first batch as mean(e^f) N, or by the constant of the author code, which holds for d = 128 and
     tau = .07 only.
+
+    Attributes:
+        momentum: [code: .5].
+        normaliser: `first_batch` [code], or the author code's constant Z = 2.24556 N [code].
     """
 
     momentum: float = 0.5

@@ -17,6 +17,13 @@ class La(Clustered):
     """`-log( sum_{B_i and C_i} e^f / sum_{B_i} e^f )` after warm-up epochs of `ir_nce`; i belongs to both sets.
 
     B_i holds the background `min(background, floor(outer N))` most similar rows (the last gives way to i).
+
+    Attributes:
+        momentum: [code: .5].
+        outer: Largest share of the bank that the background takes [derived: small banks].
+        background: k_B [code: 4096].
+        epsilon: Added in the logarithm [code: 1e-7; none here].
+        warmup_fraction: Share of the epochs that train by `ir_nce` first [code: 10 of 200].
     """
 
     momentum: float = 0.5

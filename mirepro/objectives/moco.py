@@ -26,9 +26,13 @@ class Moco(Region):
     no draws from one distribution, so that no bound is claimed. The memory bank is kept (m = 0) for monitoring and for
     `nce_at_equal_f`, which `k` serves alone.
 
-    Author code (facebookresearch/moco): `queue` 65536, `encoder_momentum` .999, `tau` .07; its CIFAR-10 demo 4096, .99
-    and .1. The queue starts with random unit rows. Not there: shuffled BatchNorm (without effect on one shard), the
-    second version's head of two layers.
+    The queue starts with random unit rows. Not there: shuffled BatchNorm (without effect on one shard), the second
+    version's head of two layers. The code named here is facebookresearch/moco; its CIFAR-10 demo has `tau` .1.
+
+    Attributes:
+        outer: 1, the whole queue [code].
+        queue: Keys in the queue [code: 65536; CIFAR-10 demo 4096].
+        encoder_momentum: Weight of the old key encoder [code: .999; CIFAR-10 demo .99].
     """
 
     companions: ClassVar[tuple[str, ...]] = ("key",)

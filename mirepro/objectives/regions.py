@@ -26,7 +26,14 @@ def _exact(decimal: float | Fraction) -> Fraction:
 
 @dataclass
 class Region(Objective):
-    """Negatives from the ranks [floor(l m_u), m_u), m_u = floor(u N); u may fall from 1 over the first half."""
+    """Negatives from the ranks [floor(l m_u), m_u), m_u = floor(u N); u may fall from 1 over the first half.
+
+    Attributes:
+        outer: u, a share of the bank and never of the batch [code]; .1 [code].
+        inner: l, where the region begins [unverified].
+        inner_of: Whether l is a share of the outer `ball` or of the `bank` [unverified, hence an option].
+        annealed: Whether u falls linearly from 1 over the first half of the run [schedule unverified].
+    """
 
     outer: float = 0.1
     inner: float = 0.0

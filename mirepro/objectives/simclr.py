@@ -24,8 +24,10 @@ class Simclr(Objective):
     independent draws, so that no bound is claimed. Nothing is drawn: `k` serves `nce_at_equal_f` alone, for which the
     memory bank is kept (m = 0).
 
-    Author code (google-research/simclr, from memory, unverified): `tau` .1 on ImageNet, .5 on CIFAR-10. Not there: the
-    projection head of two layers (this project's has one), blur, LARS.
+    Not there: the projection head of two layers (this project's has one), blur, LARS.
+
+    Attributes:
+        tau: [unverified: google-research/simclr has .1 on ImageNet, .5 on CIFAR-10].
     """
 
     companions: ClassVar[tuple[str, ...]] = ("twin",)

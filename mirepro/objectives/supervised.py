@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Supervised(Objective):
-    """Cross-entropy of the classes, logits `<z, w_c> / tau` with one learnt row w_c per class."""
+    """Cross-entropy of the classes, logits `<z, w_c> / tau` with one learnt row w_c per class.
+
+    Attributes:
+        classes: As the data have; another number is refused [derived].
+    """
 
     uses_labels: ClassVar[bool] = True
     classes: int = 96
