@@ -1,7 +1,7 @@
 """Rates of `mirepro plan` from a finished reproduction: `python -m benchmarks.rates [--profile desk] [--root .]`.
 
-Runs of seed 0 are fitted (non-negative least squares on the counted work), of detection those of `ir` and `random`; all
-other runs check the fit. The speeds of
+Runs of seed 0 are fitted (non-negative least squares on the counted work), of detection those with masks of `ir` and
+`random`; all other runs check the fit. The speeds of
 the bank's scan and of its clustering come from the benchmarks with 1.28 M rows.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import nnls
 
-from mirepro import files, profiles
+from mirepro import determinism, files, profiles
 from mirepro.launch import budget
 from mirepro.launch.work import Work
 
@@ -50,7 +50,7 @@ def assign() -> float:
 def fitted(name: str) -> bool:
     """Whether a stage is one of those that the rates are fitted to; detection has no other seeds than 0."""
     kind, _, run = name.partition("@")
-    return run.startswith(("ir-", "random-")) if kind == "detect" else run.endswith("-s0")
+    return run in ("ir-s0-mask", "random-s0-mask") if kind == "detect" else run.endswith("-s0")
 
 
 def fit(works: dict[str, Work], measured: Times, kind: str, rates: dict[str, float | None]) -> tuple[float, dict]:
@@ -71,11 +71,13 @@ def main() -> None:
     """Fits, checks, writes."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--profile", default="desk")
-    parser.add_argument("--root", type=Path, default=Path())
+    parser.add_argument("--root", type=Path, default=Path(), help="of the finished reproduction")
+    where = f"one core of {determinism.cpu('model name')}, scan and assign of the AMD EPYC (zen 5) of their benchmarks"
+    parser.add_argument("--what", default=where, help="the machine")
     options = parser.parse_args()
     works = budget.works(profiles.load(Path().resolve(), options.profile))
     measured = times(options.root, options.profile)
-    rates: dict = {"what": "one core of an AMD EPYC (zen 5), two stages at a time", "scan": scan(), "start": {}}
+    rates: dict = {"what": options.what, "scan": scan(), "start": {}}
     rates["assign"] = assign()
     for kind in OWN:
         rates["start"][kind], own = fit(works, measured, kind, rates)

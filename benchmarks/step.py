@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import harness
 from benchmarks.views import torchvision_pil
-from mirepro import encoders, params, pretrain, rng
+from mirepro import encoders, params, pretrain, rng, settings
 from mirepro.params import RunParams
 
 SIDE, K, TAU, WARM = 32, 4096, 0.07, 2
@@ -83,7 +83,7 @@ class Plain:
             self.model.parameters(), optim.lr, optim.momentum, weight_decay=optim.weight_decay
         )
         self.bank = torch.nn.functional.normalize(torch.randn(size, run.pretrain.encoder.dim))
-        self.kind, self.gather = pretrain.PRECISIONS[run.pretrain.precision], gather
+        self.kind, self.gather = settings.PRECISIONS[run.pretrain.precision], gather
         self.low, self.high = size // 100, size // 10
 
     def step(self, x: Tensor, index: Tensor) -> None:
@@ -142,7 +142,7 @@ def main() -> None:
     """Parses, measures, prints a table, writes JSON."""
     parser = harness.parser(__doc__, batch=128, rows=50_000, steps=5, rounds=4, workers=torch.get_num_threads())
     parser.add_argument("--stem", choices=tuple(encoders.STEMS), default="imagenet")
-    parser.add_argument("--precision", choices=tuple(pretrain.PRECISIONS)[:2], default="float32")
+    parser.add_argument("--precision", choices=tuple(settings.PRECISIONS)[:2], default="float32")
     parser.add_argument("--layout", choices=("contiguous_format", "channels_last"), default="contiguous_format")
     options = parser.parse_args()
     harness.start(options)

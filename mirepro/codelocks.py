@@ -8,6 +8,7 @@ import ast
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,13 +30,16 @@ ENTRIES = {
 TEXTS = {
     "tables": (
         "published/{profile}.csv",
-        "profiles/{profile}/claims.yaml",
+        "mirepro/report/claims.{profile}.yaml",
         "mirepro/report/claims.yaml",
         "mirepro/report/table.schema.json",
     ),
     "report": ("docs/deviations.md", "mirepro/report/templates/page.html.j2", "mirepro/report/templates/style.css"),
 }
 """Files beside the package that a stage reads where they exist."""
+
+OWNED = "claims.*.yaml"
+"""Files of single profiles; only those that `TEXTS` names count."""
 
 OPERATORS = "mirepro.ops"
 """Stands for compiled code: its version and golden outputs count, not its source; a faster kernel changes nothing."""
@@ -320,7 +324,7 @@ def _texts(sources: Sources, modules: set[str]) -> dict[str, str]:
     paths = [sources.path(module) for module in modules]
     for folder in {path.parent for path in paths if path is not None} - {sources.root / "mirepro"}:
         for file in folder.rglob("*"):
-            if file.is_file() and file.suffix in DATA_SUFFIXES:
+            if file.is_file() and file.suffix in DATA_SUFFIXES and not fnmatch(file.name, OWNED):
                 found[str(file.relative_to(sources.root))] = files.sha256(file)
     return found
 

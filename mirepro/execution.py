@@ -109,14 +109,14 @@ def execute(
     work = work_folder(root, mark)
     if launch is not None and not (work / "finished").is_dir():
         launch(mark)
-        if not (work / "finished").is_dir():
-            raise UserError(f"{stage}: another command has collected its result; run the command again")
     try:
         work.mkdir(parents=True, exist_ok=True)
         with FileLock(work.with_suffix(".lock")):
             work.mkdir(exist_ok=True)
             finished = work / "finished"
             collected = finished.is_dir()
+            if not collected and launch is not None:
+                raise UserError(f"{stage}: another command has collected its result; run the command again")
             if not collected:
                 _compute(work, finished, job, mark)
             elif job.shared:

@@ -219,7 +219,7 @@ class _Unfinished(Exception):
 
 
 def collect(root: Path, profile_name: str, kind: str, key: str | None = None) -> bool:
-    """Does what `run` would where a stage's result waits in its work folder; else, and then False, nothing.
+    """Does what `run` would where a stage's result waits in its work folder; else it computes nothing: False.
 
     Raises:
         UserError: See `run`.

@@ -58,7 +58,7 @@ def test_the_plan_names_every_row_and_says_what_it_leaves_out(paper: profiles.Pr
     assert "not measured" in text
     for name in ("detect@ir-mask ", "detect@cmc-keypoint ", "detect@random-voc ", "detect@ring-lvis "):
         assert name in text, name
-    assert text.endswith("not predicted: controls, toy")
+    assert text.endswith("not predicted: controls, toy, the longer epochs of lvis (repeat-factor sampling)")
 
 
 def test_the_plan_sums_up_the_runs_of_every_table(root: Path) -> None:
@@ -102,8 +102,8 @@ def test_detection_grows_with_epochs_rates_and_images(paper: profiles.Profile) -
 
 def test_the_committed_check_is_close(root: Path) -> None:
     check = files.read_json(root / budget.RATES)["check"]
-    for facts in check.values():
-        assert facts["runs"] >= 40
+    for kind, facts in check.items():
+        assert facts["runs"] >= (10 if kind == "detect" else 40)
         assert 0.75 < facts["median"] < 1.33
 
 

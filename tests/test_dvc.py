@@ -33,7 +33,7 @@ def lock(text: str, tmp_path: Path) -> Path:
 
 def test_a_fork_collects_and_else_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def collect(root: Path, profile: str, kind: str, key: str | None) -> bool:
-        if kind == "broken":
+        if key == "broken":
             raise ValueError
         (root / "collected").write_text(f"{profile} {kind} {key} {os.environ['OWN']} {os.getpid() != parent}")
         return key != "ir-s1"
@@ -50,7 +50,8 @@ def test_a_fork_collects_and_else_the_command_runs(tmp_path: Path, monkeypatch: 
     assert ran == []
     others = [
         "mirepro stage pretrain ir-s1 --profile desk",
-        "mirepro stage broken --profile desk",
+        "mirepro stage pretrain broken --profile desk",
+        "mirepro stage tables --profile desk",
         "command -v mirepro",
     ]
     for command in others:

@@ -190,11 +190,12 @@ def test_two_builds_are_byte_equal_and_other_numbers_are_not(root: Path) -> None
     assert changed["T2.json"] == first["T2.json"]
 
 
-def test_a_profile_may_have_claims_of_its_own(root: Path) -> None:
+def test_a_profile_may_have_claims_of_its_own(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables.build(root, "desk", LAYOUT)
-    assert "ring-ball" in verdicts(root)  # control: the package's
+    assert "ring-ball" in verdicts(root)  # control: those of all profiles without their own
     own = "{id: mine, table: T1, column: linear_flat, better: cmc, than: ir}"
-    files.write_text(root / "profiles/desk/claims.yaml", f"alpha: 0.05\nseeds: 5\nclaims: [{own}]\n")
+    files.write_text(tmp_path / "claims.desk.yaml", f"alpha: 0.05\nseeds: 5\nclaims: [{own}]\n")
+    monkeypatch.setattr(claims, "PATH", tmp_path / "claims.yaml")
     tables.build(root, "desk", LAYOUT)
     assert verdicts(root) == {"mine": "supported"}
 

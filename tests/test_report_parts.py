@@ -42,17 +42,18 @@ def test_bootstrap_covers_the_difference() -> None:
 
 def test_claims_file_is_checked(tmp_path: Path) -> None:
     good = claims.PATH.read_text()
-    assert {claim.id for claim in claims.load().claims} >= {"ir-random", "ring-ball", "ball-ir"}
+    assert {claim.id for claim in claims.read(claims.PATH).claims} >= {"ir-random", "ring-ball", "ball-ir"}
     for change, message in (
         (("than: pixels", "then: pixels"), "then"),
-        (("margin: 1.0", "margin: -1.0"), "negative"),
+        (("margin: 1.0", "margin: -1.0"), "margin: -1.0 is impossible"),
+        (("margin: 1.0", "margin: .nan"), "margin: nan is impossible"),
         (("id: ball-random", "id: ir-random"), "share an id"),
         (("alpha: 0.05", "alpha: 5"), "alpha"),
     ):
         path = tmp_path / "claims.yaml"
         path.write_text(good.replace(*change))
         with pytest.raises(UserError, match=message):
-            claims.load(path)
+            claims.read(path)
 
 
 def test_png_is_stored_and_reads_back() -> None:

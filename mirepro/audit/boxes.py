@@ -44,19 +44,18 @@ def take(room: Path, box: Path, names: Iterable[str]) -> None:
 
 
 def base(copy: Path, box: Path, profile: Profile, sets: Iterable[str]) -> Profile:
-    """A box with parameters, locks, published values, own claims and the intact shards of some data sets.
+    """A box with parameters, locks, published values and the intact shards of some data sets.
 
     Shards that differ from their manifest are left out, so that rendered data are made anew and others are missed.
     """
-    name, parameters = profile.name, str(profile.path.relative_to(copy))
-    put(copy, box, ["params.yaml", parameters, f"profiles/{name}/claims.yaml"])
-    put(copy, box, [f"locks/{name}", f"published/{name}.csv"])
-    for data in sets:
-        put(copy, box, [f"data/{data}/manifest.json"])
-        listed = integrity.shards(copy, data)
+    parameters = str(profile.path.relative_to(copy))
+    put(copy, box, ["params.yaml", parameters, f"locks/{profile.name}", f"published/{profile.name}.csv"])
+    for name in sets:
+        put(copy, box, [f"data/{name}/manifest.json"])
+        listed = integrity.shards(copy, name)
         if all((copy / path).is_file() and files.sha256(copy / path) == sha256 for path, sha256 in listed):
             put(copy, box, [path for path, _ in listed])
-    return profiles.load(box, name)
+    return profiles.load(box, profile.name)
 
 
 def add_code(copy: Path, box: Path) -> None:

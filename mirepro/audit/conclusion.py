@@ -7,7 +7,7 @@ from typing import Any
 from mirepro.audit import recompute, verdicts
 from mirepro.audit.evidence import Gathered
 from mirepro.audit.integrity import FAIL, UNKNOWN, Audited, Check
-from mirepro.report import tables
+from mirepro.report import claims
 
 REPRODUCED, DIVERGED, INCONCLUSIVE = "REPRODUCED", "DIVERGED", "INCONCLUSIVE"
 EXITS = {REPRODUCED: 0, DIVERGED: 1, INCONCLUSIVE: 2}
@@ -74,15 +74,16 @@ def judge_claims(audited: Audited, gathered: Gathered, work: Path) -> tuple[list
     """
     own = gathered.policy.claims
     before = recompute.committed_claims(audited.copy / "tables" / audited.name / recompute.CLAIMS[0])
-    verdict_of = {str(item.get("text")): str(item.get("verdict")) for item in before.values()}
+    place = ("table", "column", "text")
+    verdict_of = {tuple(str(item.get(name)) for name in place): str(item.get("verdict")) for item in before.values()}
     root = work / "merged" if gathered.reruns else work / "tables"
     try:
-        judged = recompute.judge_claims(root, audited.profile, own or tables.claims_of(audited.copy, audited.name))
+        judged = recompute.judge_claims(root, audited.profile, own or claims.load(audited.name))
     except recompute.DAMAGED as error:
         words = str(error).replace(f"{root}/", "") or type(error).__name__
         return [], [Check(UNJUDGED, UNKNOWN, "the claims could not be judged", [words[:300]])]
     kept = ("id", "text", "column", "n", "difference", "p_holm", "verdict")
-    committed = [verdict_of.get(item["text"]) for item in judged]
+    committed = [verdict_of.get(tuple(item[name] for name in place)) for item in judged]
     return [
         {name: item[name] for name in kept} | {"committed": said, "wanted": recompute.wanted(bool(own), said)}
         for item, said in zip(judged, committed, strict=True)

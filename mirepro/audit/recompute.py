@@ -73,9 +73,8 @@ def _claims(audited: Audited, box: Path, profile: profiles.Profile, reason: str)
 
     All else follows from the metrics, and is compared with the committed files as the tables are.
     """
-    folder = f"tables/{profile.name}"
+    file, folder = claims.load(profile.name), f"tables/{profile.name}"
     try:
-        file = tables.claims_of(box, profile.name)
         judged = judge_claims(box, profile, file)
     except DAMAGED as error:
         return Check("claims", integrity.FAIL, "the metrics give no claims", [_words(error, box)])

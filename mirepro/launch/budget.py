@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mirepro import files
+from mirepro.errors import UserError
 from mirepro.launch import detection_work, work
 from mirepro.launch.work import Work
 from mirepro.params import EvaluateParams
@@ -70,7 +71,13 @@ def lines(profile: Profile) -> list[str]:
         shown.append(f"{own['what']}: {_hours(stages, stages, own).strip()} h in all")
     disk = sum(work.disk for work in stages.values())
     shown.append(f"disk of the outputs: {disk / 1e9:.3g} GB (twice that with DVC's cache on another file system)")
-    return [*shown, "", *_tables(profile, stages, rates), "", "not predicted: controls, toy"]
+    return [*shown, "", *_tables(profile, stages, rates), "", _left_out(profile)]
+
+
+def _left_out(profile: Profile) -> str:
+    repeated = [data for data in profile.values["datasets"] if profile.recipe(data).repeat_threshold]
+    more = "".join(f", the longer epochs of {data} (repeat-factor sampling)" for data in repeated)
+    return f"not predicted: controls, toy{more}"
 
 
 def _hours(stages: Mapping[str, Work], names: Iterable[str], rates: Mapping[str, Any]) -> str:
@@ -87,6 +94,9 @@ def _tables(profile: Profile, stages: Mapping[str, Work], rates: Mapping[str, An
         runs = sorted({run for row in (layout.get("rows") or {}).values() for run in row or []})
         end = f"detect@{{}}-{MODELS[table]}" if table in MODELS else "evaluate@{}"
         names = [kind.format(run) for run in runs for kind in ("pretrain@{}", end)]
+        lost = [name for name in names if name not in stages]
+        if lost:
+            raise UserError(f"tables.{table}: {lost[0]} is no stage of the profile; correct params.yaml")
         cells = "".join(_hours(stages, names, own) for own in machines.values())
         disk = sum(stages[name].disk for name in names) / 1e9
         shown += [f"{table:<12}{len(runs):>5}{cells}{disk:>10.2g}"] if runs else []

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mirepro import encoders, files, objectives
+from mirepro.errors import UserError
 from mirepro.launch.work import Work
 from mirepro.params import DetectParams, EncoderParams, RunParams
 from mirepro.transfer import detection_model
@@ -17,11 +18,9 @@ from mirepro.transfer.detection import SHOWN, Variant
 from mirepro.transfer.detection_model import Detector
 
 FIND = 200
-"""Bytes of a find in detections.json, at most."""
-TESTED = 4
-"""Variants that are tested; three where the chosen rate is the fixed one."""
+"""Bytes of a find in detections.json, about; keypoints and large masks take more."""
 OBJECTS = 8
-"""Objects of an image, whose masks are held; COCO has 7.3 on average."""
+"""Objects of an image, whose masks are held; COCO has 7.3 on average, LVIS more."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +41,28 @@ SIZES = {"coco": Scenes(106_459, 11_828, 5000, 80, 17), "voc": Scenes(14_896, 16
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds of one image: its trunk, what is learnt from it beyond, what is done with it beyond in a test."""
+    """Of one detector.
+
+    Attributes:
+        trunk: Multiply-adds of an image's maps.
+        learnt: Those of pyramid and heads, where it is learnt from.
+        tested: The same in a test.
+        weights: Parameters.
+        values: Values of the maps of an image.
+    """
 
     trunk: float
     learnt: float
     tested: float
     weights: int
+    values: int
 
 
 def scenes(root: Path, name: str) -> Scenes:
     """Sizes of a data set: its manifest's, else those that are known."""
     path = root / "data" / name / "manifest.json"
+    if not path.is_file() and name not in SIZES:
+        raise UserError(f"{path}: no such file, and the size of {name} is not known otherwise; import the data")
     if not path.is_file():
         return SIZES[name]
     manifest = files.read_json(path)
@@ -67,17 +77,21 @@ def detection(run: RunParams, model: str, params: DetectParams, sizes: Scenes) -
     Repeat-factor sampling makes an epoch longer by what the data decide, which is not counted.
     """
     each = cost(run.pretrain.encoder, objectives.load(run.objective).modalities, model, params, sizes)
-    trained = [*map(Variant, params.lrs), Variant(max(params.lrs), params.long), Variant(max(params.lrs), frozen=True)]
+    lr = max(params.lrs)
+    others = {Variant(lr, params.long), Variant(lr, frozen=True)}
+    trained = others | {Variant(each) for each in params.lrs}
     epochs = params.keypoint_epochs if model == "keypoint" else params.epochs
     seen = sum(
         epochs * variant.length * 3 * (each.learnt + each.trunk * (not variant.frozen))
         + 3 * each.trunk * variant.frozen  # two views of every image, and the statistics of BatchNorm
         for variant in trained
     )
-    tests = (each.trunk + each.tested) * (sizes.val * len(params.lrs) + sizes.test * TESTED)
-    images, side = sizes.train + max(sizes.val, sizes.test), params.size**2
-    marks = 2 * OBJECTS * side if model == "mask" else 0
-    held = images * (12 * side + marks) + 16 * each.weights
+    tested = len(others | {Variant(lr), Variant(params.fixed_lr)})  # at most: the chosen rate may be the fixed one
+    tests = (each.trunk + each.tested) * (sizes.val * len(params.lrs) + sizes.test * tested)
+    marks = 2 * OBJECTS if model == "mask" else 0
+    images = (sizes.train + sizes.val + sizes.test) * params.size**2 * (12 + marks)
+    frozen = 2 * sizes.train * (2 * 4 * each.values + 12 * params.size**2)  # both views, and their maps being joined
+    held = images + frozen + 16 * each.weights * len(trained)
     shown = SHOWN * params.detections * FIND
     return Work(0.0, 0.0, 0.0, 0.0, held, shown, detector=seen * sizes.train + tests)
 
@@ -89,12 +103,13 @@ def cost(encoder: EncoderParams, modalities: tuple[str, ...], model: str, params
         trunk = encoders.Ensemble(encoder, modalities)
         detector = detection_model.build(trunk, model, params, sizes.categories, sizes.keypoints).eval()
         image = torch.empty(1, 3, params.size, params.size)
-        positive = round(params.roi_samples * params.roi_positive)
+        positive = int(params.roi_samples * params.roi_positive)
         looked, maps = counted(lambda: detector.backbone.maps(image))
         dense, _ = counted(lambda: _dense(detector, maps))
         learnt = _rois(detector, model, params, params.roi_samples, positive)
         tested = _rois(detector, model, params, params.proposals, params.detections)
-    return Cost(looked, dense + learnt, dense + tested, encoders.count(detector))
+    values = sum(level.numel() for level in maps)
+    return Cost(looked, dense + learnt, dense + tested, encoders.count(detector), values)
 
 
 def counted(compute: Callable[[], list[Tensor]]) -> tuple[float, list[Tensor]]:

@@ -11,13 +11,14 @@ import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil  # comes with DVC
 import yaml
@@ -57,6 +58,7 @@ def make_quick() -> None:
     from dvc.stage import run
     from dvc.utils import strictyaml
     from dvc.utils.serialize import _yaml
+    from tqdm import tqdm
 
     parse, plain = _yaml.parse_yaml, dvcfile.modify_yaml
     parsed = lru_cache(16)(lambda text, path: pickle.dumps(parse(text, path)))
@@ -80,36 +82,54 @@ def make_quick() -> None:
     _yaml.parse_yaml = strictyaml.parse_yaml = parse_once
     dvcfile.modify_yaml = modify
     run._run = collecting(run._run)
+    tqdm.monitor_interval = 0  # no thread beside the one that forks
 
 
 def collecting(plain: Callable[..., None]) -> Callable[..., None]:
     """DVC's way to run a command, except that a result that waits is collected by a fork of this process.
 
-    The fork has imported what it needs, while the command takes a third of a second to start. Where it collects
-    nothing, for whatever reason, the command runs and says why.
+    The fork has its modules already, while the command takes a third of a second to start. Where it collects nothing,
+    for whatever reason, the command runs.
     """
+    from mirepro import stages
 
     def run(executable: str | None, cmd: str, **options: Any) -> None:
         words = COMMAND.fullmatch(cmd)
-        if words is None or not _collected(words, options["cwd"], options["env"]):
+        if words is None or words["kind"] not in stages.JOBS or not _collected(words, options["cwd"], options["env"]):
             plain(executable, cmd, **options)
 
     return run
 
 
 def _collected(words: re.Match[str], folder: str, environment: Mapping[str, str]) -> bool:
-    """Whether a fork has collected a stage's result."""
-    from mirepro import profiles, stages
+    """Whether a fork has collected a stage's result; Ctrl-C waits for its end, some milliseconds."""
+    import numpy  # noqa: F401  # here once, instead of in every fork
 
-    child = os.fork()
-    if child:
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        child = os.fork()
+        if child == 0:
+            _collect(words, folder, environment)
         return os.waitpid(child, 0)[1] == 0
+    except OSError as error:
+        print(f"mirepro: no fork to collect in ({error.strerror})", file=sys.stderr)
+        return False
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _collect(words: re.Match[str], folder: str, environment: Mapping[str, str]) -> NoReturn:
+    """Body of the fork, which never returns to DVC's code."""
     code = 1
     try:
+        from mirepro import profiles, stages
+
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
         code = 0 if stages.collect(profiles.find_root(), words["profile"], words["kind"], words["key"]) else 1
+    except Exception as error:
+        print(f"mirepro: not collected by a fork: {error}", file=sys.stderr, flush=True)
     finally:
         os._exit(code)
 

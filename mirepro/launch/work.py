@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from mirepro import files
+from mirepro.errors import UserError
 from mirepro.params import EncoderParams, EvaluateParams, RunParams
 
 FINAL = 2
@@ -66,6 +67,8 @@ def data(root: Path, name: str) -> Data:
     """Sizes of a data set: its manifest's, else those that are known."""
     path = root / "data" / name / "manifest.json"
     side = SIDES.get(name, DEFAULT_SIDE)
+    if not path.is_file() and name not in SIZES:
+        raise UserError(f"{path}: no such file, and the size of {name} is not known otherwise; import the data")
     if not path.is_file():
         return Data(*SIZES[name], side)
     manifest = files.read_json(path)

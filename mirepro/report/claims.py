@@ -1,5 +1,6 @@
 """Judges the claims that were written down before the runs."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,8 @@ class Claim:
     margin: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.margin < 0:
-            raise UserError(f"claims.{self.id}.margin: {self.margin} is negative; use 0 for a strict advantage")
+        if not 0 <= self.margin < math.inf:
+            raise UserError(f"claims.{self.id}.margin: {self.margin} is impossible; use 0 for a strict advantage")
         if self.better == self.than:
             raise UserError(f"claims.{self.id}: {self.better} is compared with itself; name two rows")
 
@@ -59,7 +60,16 @@ class Claims:
             raise UserError(f"claims: {words}: alpha must lie in (0, 1) and seeds be at least 2; correct them")
 
 
-def load(path: Path = PATH) -> Claims:
+def load(profile: str) -> Claims:
+    """The claims of a profile: `claims.<profile>.yaml` beside this file, or else `claims.yaml`.
+
+    They are part of the package, so that an audit judges by the judge's claims and not by the publisher's.
+    """
+    own = PATH.with_name(f"claims.{profile}.yaml")
+    return read(own if own.is_file() else PATH)
+
+
+def read(path: Path) -> Claims:
     """Reads and checks a claims file.
 
     Raises:

@@ -20,7 +20,7 @@ CURVES = (
     ("knn1_val", "1-NN on val (%)", "Nearest-neighbour accuracy on validation images"),
 )
 SIMPLIFIED = (("ir_nce", "ir"), ("la", "cave"), ("cmc_nce", "cmc"))
-"""An objective as its authors' code has it, and the simplified one beside it (arXiv:2005.13149)."""
+"""An objective as its authors' code has it, and the simplified one."""
 
 
 def curves(root: Path, profile: str, layout: Mapping[str, Any]) -> Exhibit:
@@ -41,23 +41,24 @@ def curves(root: Path, profile: str, layout: Mapping[str, Any]) -> Exhibit:
 
 def _pairs(rows: Mapping[str, list[list[dict[str, Any]]]]) -> list[Exhibit]:
     """Nearest-neighbour accuracy along the epochs, a panel for each pair that was trained."""
-    panels = [panel for pair in SIMPLIFIED if (panel := _panel(rows, pair))]
+    panels = [panel for pair in SIMPLIFIED if len(panel := _panel(rows, pair)) == len(pair)]
     if not panels:
         return []
-    svg = figures.pairs("curve-pairs", "1-NN on val (%)", panels)
-    caption = "Original (dashed) against simplified objectives: nearest-neighbour accuracy, mean and every seed"
+    svg = figures.pairs("curve-pairs", "1-NN on val (%)", panels, list(rows))
+    caption = "Objectives as their authors' code has them beside the simplified ones: mean and every seed"
     return [{"name": "curve-pairs", "svg": svg, "caption": caption}]
 
 
 def _panel(
     rows: Mapping[str, list[list[dict[str, Any]]]], pair: tuple[str, str]
 ) -> dict[str, list[list[tuple[float, float]]]]:
-    """Of both rows the mean over seeds and then each seed; empty unless both were trained and watched."""
+    """Of each row that was trained and watched the mean over seeds, and then the seeds."""
     panel = {}
     for row in pair:
-        seeds = rows.get(row, [])
-        panel[row] = [average(some, "knn1_val") for some in (seeds, *([seed] for seed in seeds))]
-    return panel if all(map(all, panel.values())) else {}
+        seeds = [points for seed in rows.get(row, []) if (points := average([seed], "knn1_val"))]
+        if seeds:
+            panel[row] = [average(rows[row], "knn1_val"), *seeds]
+    return panel
 
 
 def history(root: Path, profile: str, run: str) -> list[dict[str, Any]]:

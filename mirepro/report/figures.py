@@ -13,7 +13,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a6761d", "#56b4e9", "#7
 DASHES = ("-", "--", ":", "-.")
 PATTERNS = {"-": "", "--": "7 4", ":": "2 3", "-.": "8 3 2 3"}
 
-Series = Mapping[str, Sequence[tuple[float, float]]]
+Points = Sequence[tuple[float, float]]
+Series = Mapping[str, Points]
 
 
 def style(index: int) -> tuple[str, str]:
@@ -84,15 +85,16 @@ def curves(name: str, label: str, series: Series, order: Sequence[str], caps: Se
     return draw(name, (5.2, 3.4), paint)
 
 
-def pairs(name: str, label: str, panels: Sequence[Mapping[str, Sequence[Sequence[tuple[float, float]]]]]) -> str:
-    """A panel for each pair of rows, the first one dashed: every seed as a thin line, the mean as a thick one."""
+def pairs(name: str, label: str, panels: Sequence[Mapping[str, Sequence[Points]]], order: Sequence[str]) -> str:
+    """A panel for each pair of rows: of each row the mean over seeds as a thick line, then every seed as a thin one."""
 
     def paint(figure: Any) -> None:
         for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
-            for (row, seeds), colour, dash in zip(panel.items(), COLOURS, ("--", "-"), strict=False):
-                for points in seeds[1:]:
+            for row, (mean, *seeds) in panel.items():
+                colour, dash = style(order.index(row))
+                for points in seeds:
                     axes.plot(*zip(*points, strict=True), color=colour, linestyle=dash, linewidth=0.7, alpha=0.4)
-                axes.plot(*zip(*seeds[0], strict=True), color=colour, linestyle=dash, linewidth=1.8, label=row)
+                axes.plot(*zip(*mean, strict=True), color=colour, linestyle=dash, linewidth=1.8, label=row)
             axes.legend(frameon=False, loc="lower right", fontsize=9)
             axes.set_xlabel("epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)

@@ -64,18 +64,8 @@ def build(root: Path, profile: str, layout: Mapping[str, Any]) -> None:
             check(table)
             files.write_json(folder / f"{name}.json", table)
             files.write_text(folder / f"{name}.md", markdown(table))
-    file = claims_of(root, profile)
+    file = claims.load(profile)
     write_claims(folder, file, claims.judge(root, profile, layout, file))
-
-
-def claims_of(root: Path, profile: str) -> claims.Claims:
-    """The claims of a profile: `profiles/<profile>/claims.yaml`, or those of the package where it has none.
-
-    Raises:
-        UserError: A broken file.
-    """
-    own = find(root, f"profiles/{profile}/claims.yaml")
-    return claims.load(own if own.exists() else claims.PATH)
 
 
 def find(root: Path, name: str) -> Path:
