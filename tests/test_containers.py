@@ -198,6 +198,25 @@ def wanting(removed: list[Path]) -> set[str]:
     return {name for name, text in listed.items() if gone & set(re.findall(r"NEEDED.*\[(.*)\]", text))}
 
 
+def test_apptainer_starts_what_the_image_starts() -> None:
+    """Its run script leaves out the image's entry point, so both have to name the same folder and command."""
+    recipe, image = (ROOT / "containers/apptainer.def").read_text(), (ROOT / "containers/Dockerfile").read_text()
+    folder = re.search(r"^WORKDIR (\S+)$", image, re.MULTILINE)
+    assert folder is not None
+    assert 'ENTRYPOINT ["mirepro"]' in image
+    assert "ENV PATH=/opt/venv/bin:" in image
+    assert f'cd {folder[1]} && exec /opt/venv/bin/mirepro "$@"' in recipe
+    assert f"From: .mirepro/containers/cpu/{build.LAYOUT}:cpu" in recipe
+
+
+@pytest.mark.skipif(shutil.which("apptainer") is None, reason="apptainer, of which Debian 12 has no package")
+@pytest.mark.skipif(not (ROOT / ".mirepro/containers/cpu/image").exists(), reason="no image: containers/build")
+@pytest.mark.slow
+def test_apptainer_builds_from_the_image(tmp_path: Path) -> None:
+    subprocess.run(["apptainer", "build", tmp_path / "m.sif", "containers/apptainer.def"], cwd=ROOT, check=True)
+    subprocess.run(["apptainer", "test", tmp_path / "m.sif"], check=True)
+
+
 def test_targets_differ_in_libraries_that_torch_loads_by_name_only() -> None:
     """Every pattern still names something in the locked packages; control: removing what torch needs is noticed."""
     need("readelf")
