@@ -43,10 +43,10 @@ def execute(clone: Path, *command: str, code: int = 0, isa: str = "avx2") -> str
     return done.stdout + done.stderr
 
 
-def stale(clone: Path) -> list[str]:
+def stale(clone: Path, pipeline: str = "dvc.yaml", profile: str = "desk") -> list[str]:
     """Stages that DVC would run although nothing but data and cached outputs is missing."""
-    execute(clone, "mirepro", "stage", "code")
-    output = execute(clone, "dvc", "repro", "--dry", "--allow-missing")
+    execute(clone, "mirepro", "stage", "code", "--profile", profile)
+    output = execute(clone, "dvc", "repro", "--dry", "--allow-missing", pipeline)
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
 
 
@@ -75,6 +75,21 @@ def test_all_locks_are_current(clone):
     output = execute(clone, *dry, "pretrain@ring_l01-s0", code=255)  # a stale stage needs the absent data
     assert "failed to reproduce 'pretrain@ring_l01-s0'" in output
     assert "'pretrain@ir-s0' didn't change" in execute(clone, *dry, "pretrain@ir-s0")
+
+
+LOCKS = sorted(ROOT.glob("profiles/*/dvc.lock"))
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=[lock.parent.name for lock in LOCKS])
+def test_the_locks_of_other_profiles_are_current(clone, lock):
+    pipeline, name = str(lock.with_suffix(".yaml").relative_to(ROOT)), lock.parent.name
+    assert stale(clone, pipeline, name) == [f"{pipeline}:code"]
+    assert execute(clone, "git", "status", "--porcelain", *TRACKED, str(lock.relative_to(ROOT))) == ""
+    loop = clone / "mirepro/pretrain.py"
+    loop.write_text(loop.read_text() + "\nCHANGED = True\n")
+    execute(clone, "mirepro", "stage", "code", "--profile", name)
+    output = execute(clone, "dvc", "repro", "--dry", "--allow-missing", f"{pipeline}:pretrain@ir-s0", code=255)
+    assert f"failed to reproduce '{pipeline}:pretrain@ir-s0'" in output  # control: it is stale, and needs absent data
 
 
 @pytest.mark.timeout(1800)
