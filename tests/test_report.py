@@ -334,6 +334,12 @@ def test_verdicts_follow_the_data(root: Path) -> None:
     assert verdicts(root)["ir-random"] == claims.SEEDS
 
 
+def test_only_the_layouts_own_data_are_shown(root: Path) -> None:
+    assert exhibits.split_of(root, LAYOUT, "scenes", "train") is not None  # control: a layout without data
+    assert exhibits.split_of(root, {"data": {"images": "desk"}}, "images", "train") is not None
+    assert exhibits.split_of(root, {"data": {"images": "desk"}}, "scenes", "train") is None
+
+
 def test_original_stands_beside_simplified(root: Path) -> None:
     pairs = {"ir_nce": ["ir_nce-s0", "ir_nce-s1"], "ir": ["ir-s0"], "la": ["la-s0"], "cave": ["cave-s0"]}
     shown = exhibits.curves(root, "desk", {"T1": {"rows": pairs}})["figures"][-1]

@@ -19,6 +19,8 @@ CURVES = (
     ("estimate", "estimate (nats)", "Estimate of the training objective; thin lines are its caps"),
     ("knn1_val", "1-NN on val (%)", "Nearest-neighbour accuracy on validation images"),
 )
+DATA = {"images": "desk", "scenes": "scenes"}
+"""What a layout without `data` shows."""
 SIMPLIFIED = (("ir_nce", "ir"), ("la", "cave"), ("cmc_nce", "cmc"))
 """An objective as its authors' code has it, and the simplified one."""
 
@@ -116,12 +118,11 @@ def toy(root: Path, profile: str) -> list[Exhibit]:
 
 
 def split_of(root: Path, layout: Mapping[str, Any], kind: str, split: str) -> Any:
-    """An opened split of the layout's data (`data: {images: desk, scenes: scenes}`); None when it is not here."""
+    """An opened split of the layout's data (`data: {images: desk, scenes: scenes}`); None when it has none of the kind."""
     import mirepro.data.shards as shards
 
-    name = (layout.get("data") or {}).get(kind, {"images": "desk", "scenes": "scenes"}[kind])
-    folder = root / "data" / name
-    return shards.open(folder, split) if (folder / "manifest.json").exists() else None
+    name = (layout.get("data") or DATA).get(kind)
+    return shards.open(root / "data" / name, split) if name and (root / f"data/{name}/manifest.json").exists() else None
 
 
 def label_of(split: Any, index: int) -> str:
