@@ -118,7 +118,7 @@ def toy(root: Path, profile: str) -> list[Exhibit]:
 
 
 def split_of(root: Path, layout: Mapping[str, Any], kind: str, split: str) -> Any:
-    """An opened split of the layout's data (`data: {images: desk, scenes: scenes}`); None when it has none of the kind."""
+    """An opened split of the layout's data (`data: {images: desk, scenes: scenes}`); None when it has none such."""
     import mirepro.data.shards as shards
 
     name = (layout.get("data") or DATA).get(kind)
