@@ -95,12 +95,12 @@ def pairs(name: str, label: str, panels: Sequence[Mapping[str, Sequence[Points]]
                 for points in seeds:
                     axes.plot(*zip(*points, strict=True), color=colour, linestyle=dash, linewidth=0.7, alpha=0.4)
                 axes.plot(*zip(*mean, strict=True), color=colour, linestyle=dash, linewidth=1.8, label=row)
-            axes.legend(frameon=False, loc="lower right", fontsize=9)
+            axes.legend(frameon=False, loc="best", fontsize=9, handlelength=1.2)
             axes.set_xlabel("epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)
         figure.axes[0].set_ylabel(label)
 
-    return draw(name, (2.2 + 2.4 * len(panels), 3.0), paint)
+    return draw(name, (5.2, 3.4), paint)
 
 
 def dots(name: str, label: str, rows: Mapping[str, Sequence[float]]) -> str:

@@ -10,7 +10,7 @@ from mirepro.report import claims, exhibits, tables, text
 
 LIMIT = 2_000_000
 EXPLANATIONS = {
-    "T1": "Frozen encoders on test images. Controls need no training; a row that does not beat them learned nothing.",
+    "T1": "Frozen encoders on test images. Controls need no training: what they reach needs no learning.",
     "T2": "Fine-tuned on scenes disjoint from pretraining. Every row has the same recipe and learning-rate grid.",
     "T3": "The same models as the boxes.",
     "T4": "OKS with the standard deviations stated in the protocol.",
@@ -65,6 +65,7 @@ def context(
     deviations = tables.find(root, "docs/deviations.md")
     return {
         "profile": profile,
+        "command": "make repro" if profile == "desk" else f"mirepro repro --profile {profile}",
         "cards": cards(made, judged),
         "tables": [present(table) for table in made.values()],
         "published": any(published(table) for table in made.values()),
