@@ -58,9 +58,10 @@ def fit(works: dict[str, Work], measured: Times, kind: str, rates: dict[str, flo
     names = [n for n in measured if n.startswith(f"{kind}@") and fitted(n) and n in works]
     given = [p for p in budget.PARTS if p not in OWN[kind] and rates.get(p)]
     rest = [measured[n] - sum(getattr(works[n], p) / rates[p] for p in given) for n in names]  # type: ignore[operator]
-    columns = [[1.0, *(getattr(works[n], p) for p in OWN[kind])] for n in names]
+    first = 0.0 if kind == "detect" else 1.0  # one amount of work alone tells no start from a rate
+    columns = [[first, *(getattr(works[n], p) for p in OWN[kind])] for n in names]
     weights = np.array(columns) / np.array(measured_row := [measured[n] for n in names])[:, None]
-    scale = np.abs(weights).max(0)
+    scale = np.maximum(np.abs(weights).max(0), 1e-300)
     answer, _ = nnls(weights / scale, np.array(rest) / np.array(measured_row))
     values = answer / scale
     own = {p: (1 / v if v > 0 else None) for p, v in zip(OWN[kind], values[1:], strict=True)}
