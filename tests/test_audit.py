@@ -157,6 +157,25 @@ def test_revision_and_remote(project: Project, copy: Path, tmp_path: Path) -> No
         audit(f"{copy}@nowhere", tmp_path / "out")
 
 
+def test_a_folder_that_is_partly_there_was_not_changed(tmp_path: Path) -> None:
+    """Git holds no runs, and an audit writes the receipts of the data into them."""
+    (tmp_path / "runs/desk/data").mkdir(parents=True)
+    (tmp_path / "runs/desk/data/desk.json").write_text("{}")
+    lock = {
+        "toy": {"outs": [{"path": "runs/desk/toy", "md5": "0" * 32 + ".dir"}]},
+        "report": {"deps": [{"path": "runs/desk", "md5": "1" * 32 + ".dir"}]},
+    }
+
+    def inputs() -> str:
+        audited = integrity.Audited(tmp_path, source.inventory(tmp_path), None, lock)  # type: ignore[arg-type]
+        return integrity.digests(audited, "deps").status
+
+    assert inputs() == "not checked"
+    (tmp_path / "runs/desk/toy").mkdir()
+    (tmp_path / "runs/desk/toy/banks.json").write_text("[]")
+    assert inputs() == "fail"  # control: all of it is there, and it is another
+
+
 def test_claims_without_answers(copy: Path, tmp_path: Path) -> None:
     """Where the answers per image are not there, everything but the intervals over images has to come out."""
     shutil.rmtree(copy / "runs")
