@@ -1,8 +1,8 @@
 """Rates of `mirepro plan` from a finished reproduction: `python -m benchmarks.rates [--profile desk] [--root .]`.
 
 Runs of seed 0 are fitted (non-negative least squares on the counted work), of detection those with masks of `ir` and
-`random`; all other runs check the fit. The speeds of
-the bank's scan and of its clustering come from the benchmarks with 1.28 M rows.
+`random`; all other runs check the fit. The speeds of the bank's scan and of its clustering come from the benchmarks
+with 1.28 M rows.
 """
 
 import argparse
