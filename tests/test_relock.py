@@ -90,7 +90,7 @@ def copy(trained: Trained, tmp_path: Path) -> Trained:
 
 def refactor(copy: Trained) -> None:
     """Another text for the same computation."""
-    copy.replace("mirepro/pretrain.py", "return optim.lr * (progress / optim.warmup)",
+    copy.replace("mirepro/settings.py", "return optim.lr * (progress / optim.warmup)",
                  "share = progress / optim.warmup\n        return optim.lr * share")  # fmt: skip
 
 
@@ -112,14 +112,14 @@ def test_equal_code_is_pinned(copy: Trained) -> None:
     assert changed == ["locks/desk/pretrain.json"]
     evidence = files.read_json(copy.root / EVIDENCE)
     assert (evidence["steps"], evidence["total"], list(evidence["digests"])) == (8, 18, ["2", "4", "6", "8"])
-    assert evidence["modules"] == ["mirepro.pretrain"]
+    assert evidence["modules"] == ["mirepro.settings"]
     assert evidence["before"]["locks/desk/pretrain.json"] != evidence["after"]["locks/desk/pretrain.json"]
     assert files.read_json(copy.root / "relocks/desk/pretrain@random-s0.json")["total"] == 0
     assert "nothing to do" in copy.call("mirepro", "relock", NAME).stdout
 
 
 CHANGES: dict[str, tuple[str, str, str, str]] = {
-    "another rate": ("mirepro/pretrain.py", "return optim.lr * 0.5 * (1 +", "return optim.lr * 0.51 * (1 +",
+    "another rate": ("mirepro/settings.py", "return optim.lr * 0.5 * (1 +", "return optim.lr * 0.51 * (1 +",
                      "first difference at step 2"),
     "another metric": ("mirepro/pretrain.py", "encoders.count(self.model)", "encoders.count(self.model) + 1",
                        "the metrics come out differently"),
