@@ -49,15 +49,23 @@ ACCOUNT = """
 import atexit, os, resource, sys
 KINDS = {"mirepro.launch.dvc": "dvc", "stage": "collect", "submitit.core._submit": "jobs", "repro": "head"}
 
+STARTED, exit = os.getpid(), os._exit
+
 def account():
-    kind = next((KINDS[word] for word in sys.orig_argv if word in KINDS), "other")
+    forked = "fork of " * (os.getpid() != STARTED)
+    kind = forked + next((KINDS[word] for word in sys.orig_argv if word in KINDS), "other")
     usage = resource.getrusage(resource.RUSAGE_SELF)
     path = os.path.join(os.environ["MIREPRO_BENCH_CPU"], f"{kind}.{os.getpid()}.{os.urandom(4).hex()}")
     with open(path, "w") as file:
         file.write(str(usage.ru_utime + usage.ru_stime))
 
+def leave(code):
+    account()
+    exit(code)
+
 if "MIREPRO_BENCH_CPU" in os.environ:
     atexit.register(account)
+    os._exit = leave
 """
 """sitecustomize.py: every Python process leaves the CPU seconds it took, by what it was."""
 
