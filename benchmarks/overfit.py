@@ -12,14 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from mirepro import determinism, encoders, files
 from mirepro.data import shards
+from mirepro.data.images import Images
 from mirepro.params import DetectParams, HeadParams
 from mirepro.transfer import detection, detection_data, detection_model
 from mirepro.transfer.detection_data import Scenes
+from mirepro.transfer.detection_training import Training, Variant, calibrate
 
 SHOWN = ("AP", "AP50")
 
@@ -42,20 +46,32 @@ class Trial:
             self.model, self.params, len(self.learnt.categories), len(self.learnt.sigmas),
         )  # fmt: skip
         detection_model.initialise(detector, 0)
-        recall = detector.anchor_recall([target["boxes"] for target in self.learnt.targets[0]])
+        recall = detector.anchor_recall(self.learnt.boxes())
         begin = time.monotonic()
         result: dict[str, Any] = {"untrained": self._score(detector, self.learnt)}
-        detection.train(detector, self.learnt, detection.Variant(self.lr), self.params, 0)
-        detection.calibrate(detector, self.learnt.images, self.params.batch)
+        Training(detector, self.learnt, Variant(self.lr), self.params, 0).run()
+        calibrate(detector, self.learnt, self.params.batch)
         result |= {"learnt": self._score(detector, self.learnt), "held_out": self._score(detector, self.held_out)}
         facts: dict[str, Any] = {"encoder": self.encoder.name, "model": self.model, "anchor_recall": recall}
-        facts |= {"objects": sum(map(len, self.learnt.objects)), "held_out_images": len(self.held_out.images)}
+        facts |= {"objects": sum(map(len, self.learnt.objects)), "held_out_images": len(self.held_out)}
         return facts | result | {"seconds": round(time.monotonic() - begin)}
 
     def _score(self, detector: detection_model.Detector, scenes: Scenes) -> dict[str, dict[str, float | None]]:
-        found = detection.predict(detector, scenes.images, self.params.batch)
+        found = detection.predict(detector, scenes, self.params.batch)
         stats = detection.score(scenes, found, self.model, self.params)
         return {task: {name: values[name] for name in SHOWN} for task, values in stats.items()}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Some of a split's images."""
+
+    images: Images
+    numbers: Tensor
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """See `Images`."""
+        return self.images[self.numbers[index]]
 
 
 def simple(scenes: Scenes, count: int) -> Scenes:
@@ -65,8 +81,7 @@ def simple(scenes: Scenes, count: int) -> Scenes:
         for i, found in enumerate(scenes.objects)
         if 1 <= len(found) <= 4 and not any(thing.get("iscrowd") for thing in found)
     ][:count]
-    targets = tuple([side[i] for i in fits] for side in scenes.targets)
-    return replace(scenes, images=scenes.images[fits], objects=[scenes.objects[i] for i in fits], targets=targets)
+    return replace(scenes, images=Chosen(scenes.images, torch.tensor(fits)), objects=[scenes.objects[i] for i in fits])
 
 
 def trials(options: argparse.Namespace) -> Iterator[Trial]:

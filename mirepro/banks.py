@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mirepro.bank import MemoryBank, WholeBank
 from mirepro.bank_shards import ShardedBank
+from mirepro.errors import UserError
 from mirepro.params import RunParams
 from mirepro.ranks import World
 
@@ -26,9 +27,10 @@ def create(run: RunParams, modalities: Sequence[str], size: int, world: World, d
         device: Where the rows lie.
 
     Raises:
-        UserError: The ranks cannot share the blocks.
+        UserError: The ranks cannot share the blocks, or the device has no room for the rows.
     """
     dim, blocks = run.pretrain.encoder.dim, run.pretrain.bank_shards
+    _check_room(4 * dim * len(modalities) * -(-size // (world.size if blocks else 1)), blocks, device)
 
     def make(modality: int) -> Bank:
         if blocks == 0:
@@ -36,6 +38,17 @@ def create(run: RunParams, modalities: Sequence[str], size: int, world: World, d
         return ShardedBank(size, dim, world=world, blocks=blocks, seed=run.seed, modality=modality, device=device)
 
     return {name: make(modality) for modality, name in enumerate(modalities)}
+
+
+def _check_room(needed: int, blocks: int, device: torch.device) -> None:
+    """Refuses rows that are sure not to fit; results depend on the number of blocks, so that it is not chosen here."""
+    import psutil
+
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        remedy = "more ranks" if blocks else "`bank_shards: V` and several ranks, whose number divides V"
+        what = f"the bank's rows take {needed / 1e9:.3g} GB, and {device} has {free / 1e9:.3g} GB free"
+        raise UserError(f"pretrain.bank_shards: {blocks}: {what}; use {remedy}")
 
 
 def nearest(z: Mapping[str, Tensor], banks: Mapping[str, Bank]) -> Tensor:

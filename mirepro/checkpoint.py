@@ -1,10 +1,12 @@
-"""Checkpoints of a running job: whole or absent, this run's or refused, the previous one kept."""
+"""Checkpoints of a running job: when one is due; whole or absent, this run's or refused, the previous one kept."""
 
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,44 @@ from torch import Tensor
 
 from mirepro import files
 from mirepro.errors import UserError
+from mirepro.notice import NOTICE
 
+BETWEEN_SECONDS = 2.0
+"""Since the last checkpoint, before another one between two epochs."""
+WITHIN_SECONDS, WITHIN_SHARE = 60.0, 0.05
+"""The same within an epoch; longer where writing would take more than this share of the time."""
 NAME, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 _DIGEST = 32
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors and plain JSON facts of a run between two epochs."""
+    """Tensors and plain JSON facts of a run between two steps."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
+
+
+class Clock:
+    """Says when a training's next checkpoint is due: now and then, and at once when the process is to be stopped."""
+
+    def __init__(self) -> None:
+        self._written, self._cost = time.monotonic(), 0.0
+        NOTICE.heard = True
+
+    def due(self, within: bool) -> bool:
+        """Whether it is time, within an epoch or between two of them."""
+        wait = max(WITHIN_SECONDS, self._cost / WITHIN_SHARE) if within else BETWEEN_SECONDS
+        return NOTICE.given or time.monotonic() - self._written > wait
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around the writing; its end answers a notice, which may end the process."""
+        begin = time.monotonic()
+        yield
+        self._written = time.monotonic()
+        self._cost = self._written - begin
+        NOTICE.answer()
 
 
 def save(folder: Path, fingerprint: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

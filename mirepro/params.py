@@ -94,8 +94,12 @@ class RunParams:
 
 @dataclass(frozen=True)
 class LinearParams:
-    """Linear evaluation: L2 values tried on val; the author protocol's SGD [code: lr .01, momentum .9, 100 epochs]."""
+    """Linear evaluation: L2 values tried on val; the author protocol's SGD [code: lr .01, momentum .9, 100 epochs].
 
+    The regressions run to convergence on the `converged` features, flat or pool, which are held at once; SGD's are not.
+    """
+
+    converged: tuple[str, ...] = ("flat", "pool")
     l2: tuple[float, ...] = (1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3, 1e4)
     iterations: int = 200
     tolerance: float = 1e-4

@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,13 @@ from mirepro.data import shards
 from mirepro.data.images import Images
 from mirepro.errors import UserError
 from mirepro.moments import Moments
+from mirepro.notice import NOTICE
 from mirepro.objectives.base import Objective, Output, Step
 from mirepro.params import RunParams
 from mirepro.progress import Bar
 
-CHECKPOINT_SECONDS = 2.0
-"""Since the last checkpoint, before another one between two epochs."""
-WITHIN_SECONDS = 60.0
-"""The same within an epoch, asked every `WITHIN_STEPS`; longer where writing would take more than `WITHIN_SHARE`."""
-WITHIN_STEPS, WITHIN_SHARE = 16, 0.05
+WITHIN_STEPS = 16
+"""So often it is asked within an epoch whether a checkpoint is due; one process alone knows of a notice at once."""
 _ALONE = ranks.World()
 
 
@@ -102,7 +99,7 @@ class Trainer:
 
     def loop(self, work: Path, fingerprint: str) -> None:
         """All steps that are left; a checkpoint now and then."""
-        self.saved, self.saving, batch = time.monotonic(), 0.0, self.params.batch
+        clock, batch = checkpoint.Clock(), self.params.batch
         title, total = f"{self.run.row}-s{self.run.seed}", self.total_steps * batch
         with Bar(title, total, self.step * batch, shown=self.world.leader) as bar:
             for epoch in range(self.epoch, self.params.epochs):
@@ -110,20 +107,22 @@ class Trainer:
                 for index in self.images.ahead(self.batches(epoch)[self._taken(epoch) :], self.world.part):
                     output = self.train_step(index)
                     bar.advance(batch, loss=float(output.loss.detach()), estimate=output.estimate, **self.monitor)
-                    if self.step % WITHIN_STEPS == 0 and 0 < self._taken(epoch) < self.steps_per_epoch:
-                        self._save(work, fingerprint, max(WITHIN_SECONDS, self.saving / WITHIN_SHARE))
+                    if 0 < self._taken(epoch) < self.steps_per_epoch and self._asks():
+                        self._save(work, fingerprint, clock, within=True)
                 self.finish(epoch)
-                self._save(work, fingerprint, CHECKPOINT_SECONDS)
+                self._save(work, fingerprint, clock, within=False)
         if self.total_steps == 0:
             self.calibrate()
 
-    def _save(self, work: Path, fingerprint: str, seconds: float) -> None:
-        """A checkpoint if the last is older; one clock decides for all ranks, which collect their rows for it."""
-        begin = time.monotonic()
-        if self.world.share(lambda: begin - self.saved > seconds):
-            self.world.lead(checkpoint.save, work, fingerprint, self.tensors(), self.facts())
-            self.saved = time.monotonic()
-            self.saving = self.saved - begin
+    def _asks(self) -> bool:
+        """Whether the ranks ask each other after this step if a checkpoint is due."""
+        return self.step % WITHIN_STEPS == 0 or (self.world.size == 1 and NOTICE.given)
+
+    def _save(self, work: Path, fingerprint: str, clock: checkpoint.Clock, within: bool) -> None:
+        """A checkpoint if one is due; the first rank's clock decides for all, which collect their rows for it."""
+        if self.world.share(lambda: clock.due(within)):
+            with clock.writing():
+                self.world.lead(checkpoint.save, work, fingerprint, self.tensors(), self.facts())
 
     def _taken(self, epoch: int) -> int:
         """Steps of an epoch that are done."""

@@ -91,7 +91,8 @@ def evaluate(profile: Profile, name: str) -> Job:
     def compute(work: Path, out: Path, fingerprint: str) -> dict[str, Any]:
         from mirepro.transfer.evaluate import evaluate
 
-        return evaluate(name, entry.row, entry.seed, values, profile.root / pretrained, profile.root / folder, out)
+        names, root = (name, entry.row, entry.seed), profile.root
+        return evaluate(*names, values, root / pretrained, root / folder, work, out, fingerprint)
 
     needs = (f"{folder}/manifest.json", f"locks/{profile.name}/evaluate.json", pretrained)
     outputs = f"{profile.name}/evaluate/{name}"

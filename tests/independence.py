@@ -63,8 +63,10 @@ def work(root: Path, folder: Path, seed: int) -> None:
         metrics = pretrain.pretrain(run, folder / "data", folder / name / "work", folder / name / "out", "f")
         write_json(folder / name / "metrics.json", metrics)
     values = params.build(params.EvaluateParams, {"k_nn": [1, 5], "linear": {"author_epochs": 1}}, "evaluate")
-    (folder / "evaluated").mkdir()
-    metrics = evaluate("ring-s0", "ring", 0, values, folder / "ring" / "out", folder / "data", folder / "evaluated")
+    places = [folder / name for name in ("resumed", "evaluated")]
+    for place in places:
+        place.mkdir()
+    metrics = evaluate("ring-s0", "ring", 0, values, folder / "ring" / "out", folder / "data", *places, "f")
     write_json(folder / "evaluated" / "metrics.json", metrics)
     codelocks.write(root, "independence", ["ring", "cave"])
     (root / "locks" / "independence").rename(folder / "locks")

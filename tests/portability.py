@@ -106,7 +106,8 @@ class Miniature:
         first = pretrain(params, self.root / "data/desk", self._fresh(f"work/{row}"), trained, row)
         linear = LinearParams(l2=(1.0, 100.0), iterations=12, author_epochs=1, author_batch=8)
         protocol = EvaluateParams(k_nn=(1, 5), anchors=2, gallery=3, linear=linear, views=ViewParams(**views(row)))
-        second = evaluate(row, row, self.seed, protocol, trained, self.root / "data/desk", evaluated)
+        resumed = self._fresh(f"work/evaluate/{row}")
+        second = evaluate(row, row, self.seed, protocol, trained, self.root / "data/desk", resumed, evaluated, row)
         for stage, document in (("pretrain", first), ("evaluate", second)):
             files.write_json(self.root / f"metrics/mini/{stage}/{row}.json", document)
         made = {"pretrain": sha(files.dump_json(first).encode()), "evaluate": sha(files.dump_json(second).encode())}
@@ -119,11 +120,10 @@ class Miniature:
         from mirepro.data.images import Images
         from mirepro.transfer.evaluate import features
         from mirepro.transfer.frozen import freeze
-        from mirepro.views import plain
 
         model = freeze(encoders.load(trained / "encoder.safetensors"))
         images = Images(shards.open(self.root / "data/desk", "val"))
-        found = features(model, images, lambda rgb, _: plain(rgb, size))
+        found = features(model, images, size, ("flat", "pool", "z"))
         return sha(files.dump_json(determinism.digests(found)).encode())
 
     def _pretrain(self, row: str) -> Any:
@@ -150,7 +150,8 @@ class Miniature:
         for variant in sorted(work.iterdir()):
             saved = checkpoint.load(variant, f"f {variant.name}")
             assert saved is not None
-            made[variant.name] = sha(files.dump_json(determinism.digests(saved.tensors)).encode())
+            tensors = {name.removeprefix("detector."): value for name, value in saved.tensors.items()}
+            made[variant.name] = sha(files.dump_json(determinism.digests(tensors)).encode())
         return folder(out) | made
 
     def linear(self) -> dict[str, str]:

@@ -2,20 +2,23 @@
 
 OBJECTIVES is a list with commas; SHARDS is the number of shards, or with that of the bank's, as in 4:2; EPOCHS below 3
 leaves after so many, as a preempted job does. The variable MIREPRO_TEST_DIE=RANK:STEP kills that rank before that step;
-MIREPRO_TEST_FAIL=RANK:STEP makes it raise; MIREPRO_TEST_MOVE=RANK:STEP makes it change a row of its banks. Checkpoints
-are written between epochs, with MIREPRO_TEST_OFTEN every second step.
+MIREPRO_TEST_FAIL=RANK:STEP makes it raise; MIREPRO_TEST_STOP=RANK:STEP tells it to stop, with code 9;
+MIREPRO_TEST_MOVE=RANK:STEP makes it change a row of its banks. Checkpoints are written between epochs, with
+MIREPRO_TEST_OFTEN every second step.
 """
 
 import math
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from mirepro import cli, files, pretrain
+from mirepro import checkpoint, cli, files, pretrain
 from mirepro.errors import UserError
+from mirepro.notice import NOTICE
 from tests.test_pretrain import run
 
 EPOCHS = 3
@@ -32,6 +35,8 @@ class Faulty(pretrain.Trainer):
             os.kill(os.getpid(), signal.SIGKILL)
         if os.environ.get("MIREPRO_TEST_FAIL") == here:
             raise ZeroDivisionError("the cause")
+        if os.environ.get("MIREPRO_TEST_STOP") == here:
+            NOTICE.give(partial(sys.exit, 9), 300.0)
         if os.environ.get("MIREPRO_TEST_MOVE") == here:
             for bank in self.banks.values():
                 bank.rows[-1, 0] = torch.nextafter(bank.rows[-1, 0], torch.tensor(2.0))
@@ -53,9 +58,11 @@ class Faulty(pretrain.Trainer):
 
 def train(data: str, work: str, objectives: str, shards: str, epochs: str = str(EPOCHS)) -> None:
     """Trains each objective in a folder of its own; the first rank writes the metrics beside the outputs."""
-    pretrain.CHECKPOINT_SECONDS, pretrain.Trainer, Faulty.last = -1.0, Faulty, int(epochs)
+    checkpoint.BETWEEN_SECONDS, pretrain.Trainer, Faulty.last = -1.0, Faulty, int(epochs)
     if "MIREPRO_TEST_OFTEN" in os.environ:
-        pretrain.WITHIN_SECONDS, pretrain.WITHIN_STEPS, pretrain.WITHIN_SHARE = -1.0, 2, math.inf
+        checkpoint.WITHIN_SECONDS, pretrain.WITHIN_STEPS, checkpoint.WITHIN_SHARE = -1.0, 2, math.inf
+    if "MIREPRO_TEST_STOP" in os.environ:
+        pretrain.WITHIN_STEPS = 2
     own, _, blocks = shards.partition(":")
     for objective in objectives.split(","):
         folder = Path(work) / objective

@@ -61,11 +61,14 @@ def train(work: Path, data: Path) -> None:
         finish(work)
 
 
-def linger(work: Path, data: Path) -> None:
-    """A small run that takes its time unless it resumes; a checkpoint every second step, the first steps are noted."""
+def linger(work: Path, data: Path, often: bool) -> None:
+    """A small run that takes its time unless it resumes; its first steps are noted.
+
+    Checkpoints come every second step if `often`, else only where the job is told to stop.
+    """
     import math
 
-    from mirepro import pretrain
+    from mirepro import checkpoint, pretrain
     from tests.test_pretrain import run
 
     class Slow(pretrain.Trainer):
@@ -79,7 +82,9 @@ def linger(work: Path, data: Path) -> None:
             time.sleep(0.0 if self.first else 1.0)
             return super().train_step(index)
 
-    pretrain.Trainer, pretrain.WITHIN_SECONDS, pretrain.WITHIN_STEPS, pretrain.WITHIN_SHARE = Slow, -1.0, 2, math.inf
+    pretrain.Trainer, pretrain.WITHIN_STEPS = Slow, 2
+    checkpoint.WITHIN_SECONDS, checkpoint.WITHIN_SHARE = (-1.0, math.inf) if often else (1e9, 1.0)
+    checkpoint.BETWEEN_SECONDS = checkpoint.WITHIN_SECONDS
     for name in ("state", "out"):
         (work / name).mkdir(parents=True, exist_ok=True)
     pretrain.pretrain(run("la"), Path(data), work / "state", work / "out", "f")

@@ -1,12 +1,16 @@
 """A memory bank spread over ranks gives the bits of the whole one: real processes that meet through gloo."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from mirepro import bank_parts, bank_regions, ops, rng
+from mirepro import bank_parts, bank_regions, banks, ops, rng
 from mirepro.bank import MemoryBank
 from mirepro.bank_shards import ShardedBank
 from mirepro.errors import UserError
+from mirepro.params import EncoderParams, PretrainParams, RunParams
 from mirepro.ranks import World
 from tests.bank_shards import AT_ONCE, PROBLEMS, RANKED, Whole, answers, part_answers, part_sums, problem, spread, sums
 from tests.ops_cases import unit
@@ -99,6 +103,20 @@ def test_an_impossible_layout_is_refused(size, blocks, world, message):
     with pytest.raises(UserError) as caught:
         ShardedBank(size, 2, world=world, blocks=blocks, seed=0)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("free", "blocks"), [(10**9, 0), (10**3, 0), (10**3, 2)])
+def test_a_bank_without_room_is_refused_with_the_remedy(free, blocks, monkeypatch):
+    """80 rows of two modalities take 10 kB; the control has room for them."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    values = dataclasses.replace(PretrainParams(), bank_shards=blocks, encoder=EncoderParams(dim=16))
+    params = RunParams("cmc", 0, "cmc", pretrain=values)
+    if free == 10**9:
+        assert list(banks.create(params, ("L", "ab"), 80, World(), torch.device("cpu"))) == ["L", "ab"]
+        return
+    with pytest.raises(UserError, match=r"pretrain\.bank_shards: \d: the bank's rows take .* GB free; use ") as told:
+        banks.create(params, ("L", "ab"), 80, World(), torch.device("cpu"))
+    assert ("more ranks" in str(told.value)) == (blocks > 0)
 
 
 @pytest.mark.parametrize(("size", "blocks"), [(4, 4), (103, 4), (103, 8), (7, 6), (1000, 12)])

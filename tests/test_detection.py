@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from mirepro import data, encoders
+from mirepro import checkpoint, data, encoders
 from mirepro.data import shards
 from mirepro.errors import UserError
 from mirepro.params import DetectParams, EncoderParams, HeadParams
 from mirepro.transfer import coco_eval, detection, detection_data, detection_model, sampling, voc_eval
 from mirepro.transfer.coco_eval import Prediction
+from mirepro.transfer.detection_training import Training, Variant, calibrate
 
 SIZE = 32
 TINY = DetectParams(
@@ -54,6 +55,12 @@ class FakeSplit:
             {"bbox": [x, y, w, h], "category": category, "area": float(w * h), "iscrowd": 0,
              "segmentation": coco_eval.encode(mask), "keypoints": [float(v) for c in corners for v in (*c, 2)]}
         )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def image(self, index: int, size: int | None = None) -> np.ndarray:
+        return self.pixels[index]
 
     def images(self, size: int | None = None) -> np.ndarray:
         return self.pixels
@@ -158,17 +165,19 @@ def test_sigmas_are_never_assumed() -> None:
 
 
 def test_mirror_images_swap_left_and_right() -> None:
-    target, mirror = (side[0] for side in _load(FakeSplit(3, 1), "keypoint", SIZE).targets)
+    scenes = _load(FakeSplit(3, 1), "keypoint", SIZE)
+    target, mirror = (scenes.target(0, mirrored) for mirrored in (False, True))
     assert torch.equal(mirror["boxes"][:, 0], SIZE - target["boxes"][:, 2])
     left, right = mirror["keypoints"][:, 0, 0], mirror["keypoints"][:, 1, 0]
     assert (left < right).all(), "keypoint 0 is the upper left corner in the mirror too"
-    masks = [side[0]["masks"] for side in _load(FakeSplit(3, 1), "mask", SIZE).targets]
+    masks = [_load(FakeSplit(3, 1), "mask", SIZE).target(0, mirrored)["masks"] for mirrored in (False, True)]
     assert torch.equal(masks[0].flip(-1), masks[1])
 
 
 @pytest.mark.parametrize("model", ["mask", "keypoint"])
 def test_images_without_objects_have_empty_targets(model: str) -> None:
-    for side in _load(FakeSplit(4, 2, bare=2), model, SIZE).targets:
+    scenes = _load(FakeSplit(4, 2, bare=2), model, SIZE)
+    for side in ([scenes.target(i, mirrored) for i in range(4)] for mirrored in (False, True)):
         shape = (0, SIZE, SIZE) if model == "mask" else (0, 5, 3)
         assert [len(target["boxes"]) for target in side[:2]] == [0, 0]
         assert all(target["boxes"].shape == (0, 4) and target[f"{model}s"].shape == shape for target in side[:2])
@@ -194,7 +203,7 @@ def _detector(model: str, pretrained: Path, seed: int = 0, params: DetectParams 
 def _train(model: str, pretrained: Path, seed: int, params: DetectParams = TINY, frozen: bool = False) -> Any:
     scenes = _load(FakeSplit(16, 0), model, SIZE)
     detector = _detector(model, pretrained, params=params)
-    detection.train(detector, scenes, detection.Variant(0.003, frozen=frozen), params, seed)
+    Training(detector, scenes, Variant(0.003, frozen=frozen), params, seed).run()
     return detector.state_dict()
 
 
@@ -230,7 +239,7 @@ def test_ensembles_of_two_modalities_train(tmp_path: Path) -> None:
 
 
 def test_anchor_recall_and_impossible_parameters(pretrained: Path) -> None:
-    boxes = [t["boxes"] for t in _load(FakeSplit(16, 0), "mask", SIZE).targets[0]]
+    boxes = _load(FakeSplit(16, 0), "mask", SIZE).boxes()
     assert _detector("mask", pretrained).anchor_recall(boxes) >= 0.95
     wrong = dataclasses.replace(TINY, anchors=(3.0, 4.0))
     assert _detector("mask", pretrained, params=wrong).anchor_recall(boxes) < 0.95
@@ -296,8 +305,11 @@ def test_keypoints_have_a_schedule_of_their_own(pretrained: Path, scenes_folder:
     assert seen["keypoint"] == {"tuned": 32, "fixed": 32, "long": 64, "frozen": 32}
 
 
-@pytest.mark.parametrize(("damaged", "threshold"), [(0, 0.0), (1, 0.0), (0, 1.0)])
-def test_interrupted_stage_resumes_to_the_same_bits(
+@pytest.mark.parametrize(
+    ("step", "damaged", "threshold"), [(4, 0, 0.0), (5, 0, 0.0), (5, 1, 0.0), (5, 0, 1.0), (9, 0, 0.0)]
+)
+def test_interrupted_stage_goes_on_at_its_step_to_the_same_bits(
+    step: int,
     damaged: int,
     threshold: float,
     pretrained: Path,
@@ -305,25 +317,53 @@ def test_interrupted_stage_resumes_to_the_same_bits(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Between two variants, within a longer one, within that of a frozen trunk; with a damaged newest checkpoint."""
     params = dataclasses.replace(TINY, repeat_threshold=threshold)
-    whole = _run("mask", pretrained, scenes_folder, tmp_path / "a" / "out", params)
-    calls, train = [], detection.train
+    taken: list[str] = []
+    halts, descend = [step], Training._descend
 
-    def counted(*arguments: Any) -> None:
-        calls.append(arguments[2].name)
-        if len(calls) == 3:
+    def counted(training: Training, loss: torch.Tensor) -> None:
+        if halts == [len(taken)]:
+            halts.clear()
             raise KeyboardInterrupt
-        train(*arguments)
+        taken.append(training.variant.name)
+        descend(training, loss)
 
-    monkeypatch.setattr(detection, "train", counted)
+    monkeypatch.setattr(Training, "_descend", counted)
+    for name, value in {"SECONDS": -1.0, "SHARE": math.inf}.items():
+        monkeypatch.setattr(checkpoint, f"WITHIN_{name}", value)
     with pytest.raises(KeyboardInterrupt):
-        _run("mask", pretrained, scenes_folder, tmp_path / "b" / "out", params)
-    for path in sorted((tmp_path / "b" / "work").rglob("*.safetensors"))[:damaged]:
+        _run("mask", pretrained, scenes_folder, tmp_path / "a" / "out", params)
+    whole = _run("mask", pretrained, scenes_folder, tmp_path / "b" / "out", params)
+    total = len(taken) - step
+    for path in sorted((tmp_path / "a" / "work").rglob(checkpoint.NAME))[:damaged]:
         path.write_bytes(path.read_bytes()[:-1])
-    resumed = _run("mask", pretrained, scenes_folder, tmp_path / "b" / "out", params)
-    assert len(calls) == 3 + 2 + damaged, "the two finished variants are not trained again unless damaged"
+    resumed = _run("mask", pretrained, scenes_folder, tmp_path / "a" / "out", params)
+    assert len(taken) == 2 * total + damaged, "no step is taken twice, but for one where a checkpoint was damaged"
     assert resumed == whole
     assert (tmp_path / "a/out/detections.json").read_bytes() == (tmp_path / "b/out/detections.json").read_bytes()
+
+
+def test_control_a_step_that_forgets_its_moments_differs(
+    pretrained: Path, scenes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the optimiser's state a resumed training would end elsewhere."""
+    scenes, begun, ends = _load(FakeSplit(16, 0), "mask", SIZE), [], []
+
+    def after(loss: float) -> None:
+        if training.step == 1:
+            begun.append({name: value.clone() for name, value in training.tensors().items()})
+
+    training = Training(_detector("mask", pretrained), scenes, Variant(0.003), TINY, 0)
+    training.run(after)
+    for forgets in ("nothing", "optimiser"):
+        saved = {name: value for name, value in begun[0].items() if not name.startswith(forgets)}
+        again = Training(_detector("mask", pretrained), scenes, Variant(0.003), TINY, 0)
+        again.resume(checkpoint.Checkpoint(saved, {"step": 1}))
+        again.run()
+        pairs = zip(training.tensors().values(), again.tensors().values(), strict=True)
+        ends.append(all(torch.equal(a, b) for a, b in pairs))
+    assert ends == [True, False]
 
 
 def test_a_finished_variant_of_another_run_is_refused_by_name(
@@ -369,7 +409,7 @@ def test_vocs_own_numbers_stand_beside_cocos(tmp_path: Path) -> None:
     assert stats["box"] == plain | {"VOC07": pytest.approx(100), "VOC10": pytest.approx(100)}
     assert tuple(plain) == coco_eval.BOX_STATS, "control: other data have no such numbers"
     assert detection.val_score(stats) == plain["AP50"]
-    cells = detection._cells({"tuned": stats}, {"tuned": detection.Variant(0.1)}, "box", TINY)
+    cells = detection._cells({"tuned": stats}, {"tuned": Variant(0.1)}, "box", TINY)
     for name, text in voc_eval.PROTOCOLS.items():
         assert cells[f"box_{name}_tuned"]["protocol"] == f"{cells['box_AP_tuned']['protocol']}; {text}"
 
@@ -380,10 +420,10 @@ def test_training_learns_and_an_untrained_detector_does_not(model: str, least: f
     params = dataclasses.replace(TINY, epochs=30, fpn=16, box_hidden=32)
     train, val = (_load(FakeSplit(n, n), model, SIZE) for n in (64, 32))
     detector = _detector(model, pretrained, params=params)
-    untrained = detection.score(val, detection.predict(detector, val.images, 16), model, params)
+    untrained = detection.score(val, detection.predict(detector, val, 16), model, params)
     assert all((stats["AP50"] or 0) < 2 for stats in untrained.values())
-    detection.train(detector, train, detection.Variant(0.003), params, 0)
-    trained = detection.score(val, detection.predict(detector, val.images, 16), model, params)
+    Training(detector, train, Variant(0.003), params, 0).run()
+    trained = detection.score(val, detection.predict(detector, val, 16), model, params)
     assert all(stats["AP50"] >= least for stats in trained.values()), trained
 
 
@@ -407,8 +447,8 @@ def test_an_untrained_detector_finds_nothing_in_the_desks_scenes(model: str, des
     val = detection_data.load(shards.open(desk_scenes, "val"), model, params.size, params.oks_sigma)
     detector = detection_model.build(ensemble, model, params, len(val.categories), len(val.sigmas))
     detection_model.initialise(detector, 0)
-    detection.calibrate(detector, val.images, params.batch)
-    found = detection.predict(detector, val.images, params.batch)
+    calibrate(detector, val, params.batch)
+    found = detection.predict(detector, val, params.batch)
     stats = detection.score(val, found, model, params)
     assert sum(len(p.scores) for p in found) > 0, "the score threshold hides everything, so the check sees nothing"
     assert all((values["AP50"] or 0) < 2 for values in stats.values()), stats

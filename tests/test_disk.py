@@ -11,7 +11,7 @@ import pytest
 from cluster import until
 from miniature import Miniature
 
-from mirepro import execution, files, pretrain
+from mirepro import checkpoint, execution, files, pretrain
 from mirepro.errors import UserError
 from tests.test_pretrain import bytes_of, data, run, train
 
@@ -85,7 +85,7 @@ def test_a_run_whose_checkpoint_cannot_be_written_goes_on_from_the_one_before(
     small: Path, data: Path, tmp_path: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
 ):
     whole = bytes_of(train(run(), data, tmp_path / "whole"))
-    monkeypatch.setattr(pretrain, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(checkpoint, "BETWEEN_SECONDS", -1.0)
     original, begun = pretrain.Trainer.begin, []
 
     def begin(trainer: pretrain.Trainer, epoch: int) -> None:

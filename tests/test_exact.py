@@ -18,11 +18,11 @@ __all__ = ["data"]
 PROGRAM = """
 import dataclasses, sys, time
 from pathlib import Path
-from mirepro import determinism, pretrain
+from mirepro import checkpoint, determinism, pretrain
 from tests.test_pretrain import run
 data, work, device, name, seed, seconds = sys.argv[1:]
 determinism.configure_torch("exact", 1)
-pretrain.CHECKPOINT_SECONDS = float(seconds)
+checkpoint.BETWEEN_SECONDS = float(seconds)
 begin = pretrain.Trainer.begin
 def noted(trainer, epoch):
     with (Path(work) / "begun.txt").open("a") as file:

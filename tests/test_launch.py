@@ -153,7 +153,7 @@ def test_image_is_part_of_the_fingerprint(tmp_path: Path) -> None:
 
 def test_job_whose_limit_is_too_short_gives_up(tmp_path: Path) -> None:
     def again(seconds: float) -> Task:
-        task = Task(print, tmp_path, seconds)
+        task = Task(print, tmp_path, seconds, 1.0)
         task()
         for _ in range(BARREN - 1):
             task.checkpoint()
@@ -166,6 +166,36 @@ def test_job_whose_limit_is_too_short_gives_up(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "step").touch()
     task.checkpoint()
+
+
+TOLD = """
+import os, signal, sys, time
+from pathlib import Path
+from mirepro.launch.task import Task
+from mirepro.notice import NOTICE
+heard, answers = (int(word) for word in sys.argv[1:])
+signal.signal(signal.SIGUSR2, lambda *_: sys.exit(9))  # as submitit's, which requeues and exits
+
+def call():
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert NOTICE.given
+    NOTICE.heard = bool(heard)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    print("goes on", flush=True)
+    if answers:
+        NOTICE.answer()
+    time.sleep(60)
+
+Task(call, Path("work"), 60.0, 0.2)()
+"""
+
+
+@pytest.mark.parametrize(("heard", "answers", "said"), [(0, 0, ""), (1, 0, "goes on\n"), (1, 1, "goes on\n")])
+def test_a_job_that_is_told_to_stop_is_requeued(heard: int, answers: int, said: str, tmp_path: Path) -> None:
+    """At once where no training has begun, else with its checkpoint, or when patience is over."""
+    command = [sys.executable, "-c", TOLD, str(heard), str(answers)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stdout) == (9, said), done.stderr
 
 
 def test_local_job_is_known_by_its_start_not_its_number_alone(tmp_path: Path) -> None:
@@ -204,7 +234,7 @@ def test_a_late_rank_makes_no_folder_for_a_result_that_was_collected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", os.environ.copy())  # a task tells its process where to report
-    Task(lambda: None, tmp_path / "work", 60.0)()
+    Task(lambda: None, tmp_path / "work", 60.0, 1.0)()
     assert not (tmp_path / "work").exists()
 
 
@@ -357,7 +387,7 @@ def test_submission_cut_short_is_found(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent.parent}{os.pathsep}{Path(__file__).parent}")
     local, folder = Local(), tmp_path / "job"
     folder.mkdir()
-    request = Request("a", tmp_path, folder, Task(lambda: slurm_jobs.hold(tmp_path), tmp_path, 60), Section(), 0)
+    request = Request("a", tmp_path, folder, Task(lambda: slurm_jobs.hold(tmp_path), tmp_path, 60.0, 1.0), Section(), 0)
     job = local.submit(request)
     until(lambda: local.find("a", folder) == job, 10, "its command line, which exec sets after its pipe has closed")
     assert local.find("a", tmp_path / "other") is None

@@ -18,6 +18,7 @@ import torch
 from mirepro import banks, checkpoint, diff, encoders, objectives, pretrain, ranks, rng, settings, views
 from mirepro.data import shards
 from mirepro.errors import UserError
+from mirepro.notice import NOTICE
 from mirepro.params import EncoderParams, OptimParams, PretrainParams, RunParams, ViewParams
 
 SMALL = PretrainParams(
@@ -114,8 +115,9 @@ def halted(params: RunParams, data: Path, work: Path, monkeypatch: pytest.Monkey
         return train_step(trainer, index)
 
     with monkeypatch.context() as patch:
-        for name, value in {"SECONDS": -1.0, "STEPS": 1, "SHARE": math.inf}.items():
-            patch.setattr(pretrain, f"WITHIN_{name}", value)
+        for name, value in {"SECONDS": -1.0, "SHARE": math.inf}.items():
+            patch.setattr(checkpoint, f"WITHIN_{name}", value)
+        patch.setattr(pretrain, "WITHIN_STEPS", 1)
         patch.setattr(pretrain.Trainer, "resume", noted)
         patch.setattr(pretrain.Trainer, "train_step", stopped)
         with pytest.raises(KeyboardInterrupt):
@@ -130,6 +132,35 @@ def test_a_run_goes_on_within_an_epoch(name, data, tmp_path, monkeypatch):
     assert bytes_of(tmp_path / "a/out") == bytes_of(train(run(name), data, tmp_path / "b"))
 
 
+@pytest.mark.parametrize("within", [True, False])
+def test_a_run_that_is_told_to_stop_leaves_a_checkpoint_at_once(within, data, tmp_path, monkeypatch):
+    """Within an epoch of five steps, or after its last one; the notice comes in the middle of a step."""
+    steps, resume, train_step = [], pretrain.Trainer.resume, pretrain.Trainer.train_step
+    told = 7 if within else 9
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    def noted(trainer, saved):
+        resume(trainer, saved)
+        steps.append(trainer.step)
+
+    def warned(trainer, index):
+        if trainer.step == told and steps == [0]:
+            NOTICE.give(stop, 300.0)
+        return train_step(trainer, index)
+
+    monkeypatch.setattr(checkpoint, "BETWEEN_SECONDS", 1e9)
+    monkeypatch.setattr(pretrain.Trainer, "resume", noted)
+    monkeypatch.setattr(pretrain.Trainer, "train_step", warned)
+    with pytest.raises(KeyboardInterrupt):
+        train(run("cave"), data, tmp_path / "a")
+    train(run("cave"), data, tmp_path / "a")
+    assert steps == [0, told + 1]
+    assert bytes_of(tmp_path / "a/out") == bytes_of(train(run("cave"), data, tmp_path / "b"))
+    assert signal.setitimer(signal.ITIMER_REAL, 0.0) == (0.0, 0.0), "the alarm is off"
+
+
 def test_control_clusters_of_a_begun_epoch_matter(data, tmp_path, monkeypatch):
     whole = bytes_of(train(run("cave"), data, tmp_path / "b"))
     monkeypatch.setattr(banks, "held", lambda bank, values: torch.zeros_like(values))
@@ -140,9 +171,9 @@ def test_control_clusters_of_a_begun_epoch_matter(data, tmp_path, monkeypatch):
 PROGRAM = """
 import sys
 from pathlib import Path
-from mirepro import pretrain
+from mirepro import checkpoint, pretrain
 from tests.test_pretrain import run
-pretrain.CHECKPOINT_SECONDS = 0.0
+checkpoint.BETWEEN_SECONDS = 0.0
 work = Path(sys.argv[2])
 (work / "out").mkdir(parents=True, exist_ok=True)
 pretrain.pretrain(run(sys.argv[3], epochs=30), Path(sys.argv[1]), work, work / "out", "f")
@@ -208,7 +239,7 @@ def interrupted(params: RunParams, data: Path, work: Path, epoch: int, monkeypat
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "CHECKPOINT_SECONDS", -1.0)
+        patch.setattr(checkpoint, "BETWEEN_SECONDS", -1.0)
         patch.setattr(pretrain.Trainer, "finish", finish)
         with pytest.raises(KeyboardInterrupt):
             train(params, data, work)

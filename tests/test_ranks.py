@@ -111,6 +111,15 @@ def test_a_killed_rank_ends_the_others_at_once(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_ranks_that_are_told_to_stop_leave_a_checkpoint_within_the_epoch(data, tmp_path):
+    (code, said, _), (other, _, errors) = finish(start(2, data, tmp_path, "ring", 4, MIREPRO_TEST_STOP="0:6"))
+    assert (code, said, other) == (9, "resumed at 0\n", 2)
+    assert "rank 1: lost the other ranks" in errors
+    assert finish(start(1, data, tmp_path, "ring", 4))[0][1] == "resumed at 8\n"
+    assert bytes_of(tmp_path / "ring" / "out") == outputs(1, data, tmp_path / "whole", "ring")["ring"]
+
+
+@pytest.mark.slow
 def test_the_first_message_is_the_cause(data, tmp_path):
     command = [*TORCHRUN, "tests.ranks", str(data), str(tmp_path), "ring", "4"]
     done = subprocess.run(

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -176,13 +177,31 @@ def test_requeue_by_hand(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_a_requeued_training_goes_on_within_its_epoch(cluster: Cluster, data: Path, tmp_path: Path) -> None:
-    bench = Bench(tmp_path / "a", slurm_jobs.linger, data)
+    bench = Bench(tmp_path / "a", slurm_jobs.linger, data, True)
     until(lambda: bench.handle.poll() or (bench.work / "state" / checkpoint.NAME).exists(), 120, "checkpoint")
     cluster.run("scontrol", "requeue", bench.handle.job)
     bench.wait()
     (job, first), (again, second) = bench.runs()
     assert (again, first) == (job, "0")
     assert int(second) % 5 > 0, "an epoch has five steps"
+    assert bytes_of(bench.work / "out") == bytes_of(train(run("la"), data, tmp_path / "b"))
+
+
+@pytest.mark.parametrize("sign", ["USR2", "TERM"])
+def test_a_signal_leaves_a_checkpoint(cluster: Cluster, data: Path, tmp_path: Path, sign: str) -> None:
+    """The time limit's requeues the job, Slurm's word before a preemption lets it go on; none comes of itself here."""
+    bench = Bench(tmp_path / "a", slurm_jobs.linger, data, False)
+    bench.running()
+    time.sleep(2.0)
+    cluster.run("scancel", f"--signal={sign}", bench.handle.job)
+    if sign == "TERM":
+        until((bench.work / "state" / checkpoint.NAME).exists, 60, "checkpoint")
+        assert len(bench.runs()) == 1
+        cluster.run("scontrol", "requeue", bench.handle.job)
+    bench.wait()
+    (job, first), (again, second) = bench.runs()
+    assert (again, first) == (job, "0")
+    assert int(second) > 0
     assert bytes_of(bench.work / "out") == bytes_of(train(run("la"), data, tmp_path / "b"))
 
 

@@ -21,15 +21,16 @@ class Images:
     Args:
         split: The opened split.
         threads: Decoders of a batch that is not kept; their number changes no byte.
+        side: S, to which images are resized; None takes them as they are stored.
 
     Raises:
         UserError: Images differ in size.
     """
 
-    def __init__(self, split: Split, threads: int = 1) -> None:
-        self._split, self._shape = split, split.image(0).shape
+    def __init__(self, split: Split, threads: int = 1, side: int | None = None) -> None:
+        self._split, self._side, self._shape = split, side, split.image(0, side).shape
         small = len(split) * int(np.prod(self._shape)) <= MEMORY
-        self._kept = torch.from_numpy(split.images(None)) if small else None
+        self._kept = torch.from_numpy(split.images(side)) if small else None
         self._pool = None if small else ThreadPoolExecutor(threads)
         self._ahead: dict[int, Future[NDArray[np.uint8]]] = {}
 
@@ -61,4 +62,5 @@ class Images:
         self._ahead = {}
 
     def _decode(self, pool: ThreadPoolExecutor, index: Tensor) -> dict[int, Future[NDArray[np.uint8]]]:
-        return {i: self._ahead.get(i) or pool.submit(self._split.image, i) for i in dict.fromkeys(index.tolist())}
+        wanted = dict.fromkeys(index.tolist())
+        return {i: self._ahead.get(i) or pool.submit(self._split.image, i, self._side) for i in wanted}

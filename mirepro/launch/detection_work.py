@@ -10,17 +10,19 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mirepro import encoders, files, objectives
+from mirepro.data import images as stored
 from mirepro.errors import UserError
 from mirepro.launch.work import Work
 from mirepro.params import DetectParams, EncoderParams, RunParams
 from mirepro.transfer import detection_model
-from mirepro.transfer.detection import SHOWN, Variant
+from mirepro.transfer.detection import SHOWN
 from mirepro.transfer.detection_model import Detector
+from mirepro.transfer.detection_training import Variant
 
 FIND = 200
 """Bytes of a find in detections.json, about; keypoints and large masks take more."""
 OBJECTS = 8
-"""Objects of an image, whose masks are held; COCO has 7.3 on average, LVIS more."""
+"""Objects of an image, whose masks are drawn for a step; COCO has 7.3 on average, LVIS more."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,10 @@ def detection(run: RunParams, model: str, params: DetectParams, sizes: Scenes) -
     )
     tested = len(others | {Variant(lr), Variant(params.fixed_lr)})  # at most: the chosen rate may be the fixed one
     tests = (each.trunk + each.tested) * (sizes.val * len(params.lrs) + sizes.test * tested)
-    marks = 2 * OBJECTS if model == "mask" else 0
-    images = (sizes.train + sizes.val + sizes.test) * params.size**2 * (12 + marks)
-    frozen = 2 * sizes.train * (2 * 4 * each.values + 12 * params.size**2)  # both views, and their maps being joined
-    held = images + frozen + 16 * each.weights * len(trained)
+    decoded = [3 * params.size**2 * count for count in (sizes.train, sizes.val, sizes.test)]
+    maps = 2 * sizes.train * 4 * each.values  # of both views; kept, and joined, where they fit
+    held = sum(size for size in decoded if size <= stored.MEMORY) + 2 * maps * (maps <= stored.MEMORY)
+    held += 16 * each.weights * len(trained) + params.batch * params.size**2 * (12 + 2 * OBJECTS * (model == "mask"))
     shown = SHOWN * params.detections * FIND
     return Work(0.0, 0.0, 0.0, 0.0, held, shown, detector=seen * sizes.train + tests)
 

@@ -231,7 +231,7 @@ class Handle:
         launcher.ledger.save(entry)
         folder = launcher.root / attempt.folder
         folder.mkdir(parents=True, exist_ok=True)
-        call = Task(ticket.call, ticket.work, 60.0 * section.minutes)
+        call = Task(ticket.call, ticket.work, 60.0 * section.minutes, section.grace)
         named, requeues = name(ticket.stage, attempt), launcher.site.requeues
         request = Request(named, launcher.root, folder, call, section, requeues, ticket.threads)
         with uninterrupted():

@@ -4,15 +4,20 @@ import hashlib
 import os
 import shlex
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import FrameType
 
 from mirepro.errors import UserError
 from mirepro.launch.container import die_with_client, unblock
+from mirepro.notice import NOTICE
 
 MARK = "requeue"  # file in a job's folder
+PATIENCE = 0.5  # share of the grace that a checkpoint may take to come; the rest is for the requeue
 BARREN = 3
 """Runs up to the time limit that may leave no newer checkpoint before the job gives up."""
 
@@ -36,17 +41,19 @@ def _stat(path: Path) -> os.stat_result | None:
 class Task:
     """Computes a stage inside a job; submitit calls it, and `checkpoint` before it requeues the job.
 
-    The computation keeps its own checkpoints, so that a job killed without any signal resumes too; `checkpoint` only
-    sees to it that a job whose time limit is too short for one checkpoint ends with a message.
+    The computation keeps its own checkpoints, so that a job killed without any signal resumes too. A signal is passed
+    on as a notice, on which a training writes another one; `checkpoint` only sees to it that a job whose time limit is
+    too short for one checkpoint ends with a message.
 
     Args:
         call: Computes the stage, or resumes it.
         work: The stage's work folder.
         seconds: Time limit of one run.
+        grace: Seconds between the signal and the limit.
     """
 
-    def __init__(self, call: Callable[[], None], work: Path, seconds: float) -> None:
-        self.call, self.work, self.seconds = call, work, seconds
+    def __init__(self, call: Callable[[], None], work: Path, seconds: float, grace: float) -> None:
+        self.call, self.work, self.seconds, self.grace = call, work, seconds, grace
         self.barren = 0
         self._started, self._found = 0.0, ""
 
@@ -60,6 +67,7 @@ class Task:
         _substitute_scontrol()
         die_with_client()
         unblock()
+        _heed(PATIENCE * self.grace)
         try:
             self.call()
         except UserError as error:
@@ -76,6 +84,22 @@ class Task:
         if self.barren >= BARREN:
             raise RuntimeError(f"{self.barren} runs reached the time limit without a new checkpoint; raise `time`")
         return DelayedSubmission(self)
+
+
+def _heed(patience: float) -> None:
+    """Lets submitit's handler, which requeues and exits, wait for a checkpoint; Slurm's SIGTERM asks for one, too."""
+    from submitit.core.job_environment import JobEnvironment
+
+    usual = JobEnvironment._usr_sig()
+    requeue = signal.getsignal(usual)
+    if not callable(requeue):
+        return  # no job of submitit's
+
+    def told(number: int, frame: FrameType | None) -> None:
+        NOTICE.give(partial(requeue, number, frame), patience)
+
+    signal.signal(usual, told)
+    signal.signal(signal.SIGTERM, lambda number, frame: NOTICE.give())
 
 
 def requeue_lines(folder: Path) -> list[str]:

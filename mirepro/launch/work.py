@@ -78,9 +78,7 @@ def data(root: Path, name: str) -> Data:
 
 def encoder(run: RunParams) -> tuple[float, int, int, int]:
     """Multiply-adds of one image, parameters, values of C5 and channels of C5, over all modalities."""
-    from mirepro import objectives
-
-    return _encoder(run.pretrain.encoder, objectives.load(run.objective).modalities, run.pretrain.views.size)
+    return _encoder(run.pretrain.encoder, _modalities(run), run.pretrain.views.size)
 
 
 @cache
@@ -104,7 +102,7 @@ def pretraining(run: RunParams, sizes: Data) -> Work:
     from mirepro import objectives
     from mirepro.data import images as stored
 
-    p, modalities = run.pretrain, len(objectives.load(run.objective).modalities)
+    p, modalities = run.pretrain, len(_modalities(run))
     macs, weights, _, _ = encoder(run)
     anchors = p.epochs * (sizes.train // p.batch) * p.batch
     looks = FINAL * sizes.train * bool(p.epochs) + sizes.train * (not p.epochs)
@@ -129,17 +127,26 @@ def pretraining(run: RunParams, sizes: Data) -> Work:
 
 
 def evaluation(run: RunParams, params_: EvaluateParams, sizes: Data) -> Work:
-    """An evaluation stage; `transfer.evaluate` holds all features at once."""
+    """An evaluation stage; of the training images `transfer.evaluate` holds the features of converged regressions."""
     from mirepro.data import images as stored
 
     macs, weights, flat, pooled = encoder(run)
-    everything, linear = sizes.train + sizes.val + sizes.test, params_.linear
-    looks = everything + linear.author_epochs * sizes.train
-    passes = 2.0 * len(linear.l2) * linear.iterations + 3.0 * linear.author_epochs
-    solve = passes * sizes.train * (flat + pooled) * sizes.classes
+    linear, everything = params_.linear, sizes.train + sizes.val + sizes.test
+    converged = sum({"flat": flat, "pool": pooled}[kind] for kind in linear.converged)
+    looks = everything + (linear.author_epochs + 1) * sizes.train
+    passes = 2.0 * len(linear.l2) * linear.iterations * converged + 3.0 * linear.author_epochs * (flat + pooled)
+    solve = passes * sizes.train * sizes.classes
     decoded = [3 * sizes.side**2 * count for count in (sizes.train, sizes.val, sizes.test)]
     kept = sum(size for size in decoded if size <= stored.MEMORY)
-    memory = kept + 4.0 * (flat + pooled) * (everything + 2 * sizes.train)
-    answers = sizes.test / 4 * (len(params_.k_nn) + 4)  # a bit each, written as hexadecimal digits
+    dim = run.pretrain.encoder.dim * len(_modalities(run))
+    held = converged * (3 * sizes.train + sizes.val) + (flat + pooled) * sizes.test + dim * (sizes.train + sizes.test)
+    memory = kept + 4.0 * held + 4 * weights
+    answers = sizes.test / 4 * (len(params_.k_nn) + 2 + len(linear.converged))  # a bit each, as hexadecimal digits
     gallery = 2 * NUMBER * params_.anchors * params_.gallery
-    return Work(looks * macs, 0.0, 0.0, solve, memory + 4 * weights, answers + gallery)
+    return Work(looks * macs, 0.0, 0.0, solve, memory, answers + gallery)
+
+
+def _modalities(run: RunParams) -> tuple[str, ...]:
+    from mirepro import objectives
+
+    return objectives.load(run.objective).modalities

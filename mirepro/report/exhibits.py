@@ -7,7 +7,7 @@ from typing import Any
 
 from mirepro import files
 from mirepro.errors import UserError
-from mirepro.report import figures, metrics, pictures, statistics
+from mirepro.report import figures, metrics, pictures, statistics, text
 
 Exhibit = dict[str, Any]
 
@@ -90,15 +90,22 @@ def average(lines: list[list[dict[str, Any]]], key: str) -> list[tuple[float, fl
 
 def dots(root: Path, profile: str, layout: Mapping[str, Any]) -> list[Exhibit]:
     """The dot plot of T1's primary column."""
-    rows = {}
-    for row, items in metrics.records(root, profile, layout, "T1").items():
-        values = [v for v in (metrics.value(item, "linear_flat") for item in items) if v is not None]
-        rows.update({row: values} if values else {})
-    if not rows:
+    records = metrics.records(root, profile, layout, "T1")
+    measured = {column: _measured(records, column) for column in metrics.PRIMARY}
+    column = next((column for column, rows in measured.items() if rows), None)
+    if column is None:
         return []
-    caption = "Linear top-1 (flattened): every seed, mean and 95 % t interval; hollow: fewer than five seeds"
-    svg = figures.dots("dots-linear", "test top-1 (%)", rows)
+    protocol = text.NAMES[column].removeprefix("linear, ")
+    caption = f"Linear top-1 ({protocol}): every seed, mean and 95 % t interval; hollow: fewer than five seeds"
+    svg = figures.dots("dots-linear", "test top-1 (%)", measured[column])
     return [{"name": "dots-linear", "svg": svg, "caption": caption}]
+
+
+def _measured(records: Mapping[str, list[metrics.Record]], column: str) -> dict[str, list[float]]:
+    """The values of every row that has some."""
+    found = {row: [metrics.value(item, column) for item in items] for row, items in records.items()}
+    known = {row: [value for value in values if value is not None] for row, values in found.items()}
+    return {row: values for row, values in known.items() if values}
 
 
 def toy(root: Path, profile: str) -> list[Exhibit]:

@@ -10,6 +10,8 @@ from mirepro.errors import UserError
 
 SCHEMA = "mirepro.metrics/1"
 CONTROLS = ("colour", "area_position", "pixels", "hog")
+PRIMARY = ("linear_flat", "linear_author_flat")
+"""T1's column for headlines: the first that was measured."""
 MODELS = {"T2": "mask", "T3": "mask", "T4": "keypoint", "T8": "voc", "T9": "lvis", "T10": "lvis"}
 """End of the names of the detection runs that a table reads: the model, or the data set where it is not COCO."""
 

@@ -6,41 +6,28 @@ place of SGD, because a few hundred steps must do.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mirepro import checkpoint, encoders, files, rng
+from mirepro import checkpoint, encoders, files
 from mirepro.data import shards
 from mirepro.errors import UserError
 from mirepro.params import DetectParams
+from mirepro.progress import Bar
 from mirepro.transfer import coco_eval, detection_data, detection_model, sampling, voc_eval
 from mirepro.transfer.coco_eval import Prediction
 from mirepro.transfer.detection_data import Scenes
 from mirepro.transfer.detection_model import Detector
+from mirepro.transfer.detection_training import Training, Variant, set_mode
 
 MODELS = {"box": "Faster", "mask": "mask", "keypoint": "keypoint"}
 SHOWN, SHOWN_SCORE = 12, 0.3
-_SAMPLING = 1 << 40  # sample number of the keys that seed torch's RoI sampling; images have smaller ones
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One training: learning rate, factor of the schedule, and whether the trunk stays as it is."""
-
-    lr: float
-    length: int = 1
-    frozen: bool = False
-
-    @property
-    def name(self) -> str:
-        """Name of its file in the resume folder."""
-        return f"lr{self.lr:g}-x{self.length}{'-frozen' if self.frozen else ''}"
 
 
 def check(model: str, params: DetectParams) -> None:
@@ -62,91 +49,14 @@ def check(model: str, params: DetectParams) -> None:
         )
 
 
-def set_mode(detector: Detector, training: bool, frozen: bool) -> None:
-    """Training or evaluation mode; a frozen trunk keeps its running statistics and takes no gradient."""
-    detector.train(training)
-    trunk = detector.backbone.trunk
-    trunk.train(training and not frozen)
-    trunk.requires_grad_(not frozen)
-
-
 @torch.no_grad()
-def calibrate(detector: Detector, images: Tensor, batch: int) -> None:
-    """Running statistics of the trunk's BatchNorm = averages over the training images, for every row alike."""
-    norms = [m for m in detector.backbone.trunk.modules() if isinstance(m, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    detector.backbone.trunk.train()
-    for part in images.split(batch):
-        detector.backbone.maps(part)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-
-
-class Feed:
-    """Maps of the trunk for chosen images, mirrored where asked; a frozen trunk computes them once."""
-
-    def __init__(self, detector: Detector, images: Tensor, batch: int, frozen: bool) -> None:
-        self.detector, self.images, self.cache = detector, images, None
-        if frozen:
-            calibrate(detector, images, batch)
-            set_mode(detector, False, True)
-            with torch.no_grad():
-                parts = [detector.backbone.maps(x) for x in torch.cat([images, images.flip(-1)]).split(batch)]
-            self.cache = [torch.cat(maps) for maps in zip(*parts, strict=True)]
-
-    def maps(self, index: Tensor, mirrored: Tensor) -> list[Tensor]:
-        """Images `(B,)` int64 and whether each is mirrored `(B,)` bool -> the maps that the FPN uses."""
-        if self.cache is not None:
-            return [maps[index + mirrored * len(self.images)] for maps in self.cache]
-        x = self.images[index]
-        return self.detector.backbone.maps(torch.where(mirrored[:, None, None, None], x.flip(-1), x))
-
-
-def rate(step: int, steps: int, warmup: float) -> float:
-    """Linear rise over the first share `warmup` of the steps, then a linear fall to 0; in (0, 1]."""
-    rise = warmup * steps
-    return (step + 1) / (rise + 1) if step < rise else (steps - step) / (steps - rise)
-
-
-def train(detector: Detector, scenes: Scenes, variant: Variant, params: DetectParams, seed: int) -> None:
-    """Trains in place.
-
-    Torchvision samples anchors and RoIs with torch's generator, which gets a key of its own for every step.
-
-    Raises:
-        UserError: The loss is no number any more.
-    """
-    factors, epochs = scenes.repeat_factors(params.repeat_threshold), params.epochs * variant.length
-    feed = Feed(detector, scenes.images, params.batch, variant.frozen)
-    set_mode(detector, True, variant.frozen)
-    weights = [p for p in detector.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(weights, variant.lr, weight_decay=params.weight_decay, fused=True)
-    steps = sampling.steps(factors, params.batch, epochs, seed)
-    for step, index, mirrored in sampling.batches(factors, params.batch, epochs, params.flip, seed):
-        torch.manual_seed(int(rng.words(seed, rng.Stream.TRANSFER, step, [_SAMPLING], 1)[0, 0]))
-        optimiser.param_groups[0]["lr"] = variant.lr * rate(step, steps, params.warmup)
-        chosen = zip(mirrored.tolist(), index.tolist(), strict=True)
-        targets = [scenes.targets[side][i] for side, i in chosen]
-        loss = torch.stack(list(detector.losses(feed.maps(index, mirrored), targets).values())).sum()
-        if not torch.isfinite(loss):
-            raise UserError(f"detect: the loss is {loss.item()} at step {step} with lr {variant.lr}; lower detect.lrs")
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, params.clip)
-        optimiser.step()
-
-
-@torch.no_grad()
-def predict(detector: Detector, images: Tensor, batch: int) -> list[Prediction]:
-    """Predictions of images `(N, 3, S, S)`, in evaluation mode."""
+def predict(detector: Detector, scenes: Scenes, batch: int) -> list[Prediction]:
+    """Predictions for all images, in evaluation mode."""
     set_mode(detector, False, True)
-    found = []
-    for part in images.split(batch):
-        found += detector.predict(detector.backbone.maps(part))
-    return [_prediction(item) for item in found]
+    found: list[Prediction] = []
+    for index in scenes.batches(batch):
+        found += map(_prediction, detector.predict(detector.backbone.maps(scenes.pictures(index))))
+    return found
 
 
 def _prediction(item: dict[str, Tensor]) -> Prediction:
@@ -177,10 +87,11 @@ def val_score(stats: dict[str, Any]) -> float:
 
 
 class Bench:
-    """Trains the variants of one run, keeping each finished one in a folder until the stage is done."""
+    """Trains the variants of one run, keeping each, finished or not, in a folder until the stage is done."""
 
     def __init__(
         self,
+        name: str,
         fresh: Callable[[], Detector],
         scenes: Scenes,
         params: DetectParams,
@@ -188,31 +99,36 @@ class Bench:
         work: Path,
         fingerprint: str,
     ) -> None:
-        self.fresh, self.scenes, self.params, self.seed = fresh, scenes, params, seed
+        self.name, self.fresh, self.scenes, self.params, self.seed = name, fresh, scenes, params, seed
         self.work, self.fingerprint = work, fingerprint
 
     def detector(self, variant: Variant) -> Detector:
-        """The trained detector of a variant: read if an earlier, interrupted stage finished it, else trained.
+        """The trained detector of a variant; where an earlier, interrupted stage began it, the training goes on.
 
         Raises:
             UserError: What is there belongs to another run or variant.
         """
-        detector, folder = self.fresh(), self.work / variant.name
-        mark = f"{self.fingerprint[:12]} {variant.name}"
-        saved = checkpoint.load(folder, mark)
-        if saved is not None:
-            detector.load_state_dict(saved.tensors)
-            return detector
-        train(detector, self.scenes, variant, self.params, self.seed)
-        checkpoint.save(folder, mark, detector.state_dict(), {})
-        return detector
+        training = Training(self.fresh(), self.scenes, variant, self.params, self.seed)
+        folder, mark = self.work / variant.name, f"{self.fingerprint[:12]} {variant.name}"
+        training.resume(checkpoint.load(folder, mark))
+        clock, batch = checkpoint.Clock(), self.params.batch
+
+        def after(loss: float) -> None:
+            bar.advance(batch, loss=loss)
+            if training.step == training.steps or clock.due(within=True):
+                with clock.writing():
+                    checkpoint.save(folder, mark, training.tensors(), {"step": training.step})
+
+        with Bar(f"{self.name} {variant.name}", training.steps * batch, training.step * batch) as bar:
+            training.run(after)
+        return training.detector
 
 
 def _choose(bench: Bench, val: Scenes, model: str, params: DetectParams) -> tuple[float, dict[str, Any]]:
     """The learning rate with the best val score (the smaller one wins a tie), and the whole grid."""
     grid = {}
     for lr in sorted(params.lrs):
-        found = predict(bench.detector(Variant(lr)), val.images, params.batch)
+        found = predict(bench.detector(Variant(lr)), val, params.batch)
         stats = score(val, found, model, params)
         grid[f"{lr:g}"] = {task: stats[task]["AP50"] for task in stats} | {"score": val_score(stats)}
     chosen = max(sorted(params.lrs), key=lambda lr: grid[f"{lr:g}"]["score"])
@@ -292,9 +208,9 @@ def detect(
         params: Sizes, schedules and rates.
         pretrained: Folder with `encoder.safetensors`.
         data_folder: Data set with objects.
-        work: Folder that survives a kill; finished variants wait there.
+        work: Folder that survives a kill; the variants' checkpoints wait there.
         out: Folder for `detections.json`.
-        fingerprint: Names the run; finished variants of another one are refused.
+        fingerprint: Names the run; variants of another one are refused.
 
     Returns:
         The metrics JSON.
@@ -317,21 +233,21 @@ def detect(
         detection_model.initialise(detector, seed)
         return detector
 
-    recall = fresh().anchor_recall([target["boxes"] for target in val.targets[0]])
+    recall = fresh().anchor_recall(val.boxes())
     if recall < 0.95:
         raise UserError(f"detect.anchors: only {recall:.1%} of val's boxes meet an anchor; change the anchors' sizes")
-    bench = Bench(fresh, train_set, params, seed, work, fingerprint)
+    bench = Bench(f"{run} {model}", fresh, train_set, params, seed, work, fingerprint)
     chosen, grid = _choose(bench, val, model, params)
     variants = _variants(chosen, params)
     detectors = {variant: bench.detector(variant) for variant in dict.fromkeys(variants.values())}
     test = read("test", train_set.used)
-    found = {variant: predict(detector, test.images, params.batch) for variant, detector in detectors.items()}
+    found = {variant: predict(detector, test, params.batch) for variant, detector in detectors.items()}
     stats = {label: score(test, found[variant], model, params) for label, variant in variants.items()}
     files.write_json(out / "detections.json", _shown(found[variants["tuned"]]))
     steps = partial(sampling.steps, train_set.repeat_factors(params.repeat_threshold), params.batch, seed=seed)
     detail = {
         "anchor_recall": recall, "categories": train_set.categories, "chosen": chosen, "grid": grid,
-        "images": {"train": len(train_set.images), "val": len(val.images), "test": len(test.images)},
+        "images": {"train": len(train_set), "val": len(val), "test": len(test)},
         "images_seen": {
             label: params.batch * steps(epochs=params.epochs * variant.length) for label, variant in variants.items()
         },

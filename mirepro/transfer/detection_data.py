@@ -1,6 +1,6 @@
-"""Scenes as tensors: images at their final size, torchvision targets with their mirror images, COCO ground truth."""
+"""Scenes as tensors, when they are needed: images at their final size, torchvision targets, COCO ground truth."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mirepro import files
 from mirepro.data import masks, shards
+from mirepro.data.images import Images
 from mirepro.errors import UserError
 from mirepro.transfer import coco_eval, sampling
 from mirepro.transfer.coco_eval import Federated
@@ -26,9 +27,11 @@ class Scenes:
     """One split.
 
     Attributes:
-        images: `(N, 3, S, S)` float32 in [0, 1].
+        images: The images, `(b, 3, S, S)` uint8 by sample.
         objects: COCO objects of each image, `category` numbered from 0 among the used categories.
-        targets: Torchvision targets of each image, and of its mirror image.
+        size: S, the side in pixels.
+        model: "box", "mask" or "keypoint": what targets hold beside boxes.
+        swap: Number of the keypoint that each keypoint is in the mirror image.
         categories: Names of the used categories.
         sigmas: OKS sigma per keypoint; empty for data without keypoints.
         used: Numbers of the used categories in the data set.
@@ -36,22 +39,46 @@ class Scenes:
         voc: Whether PASCAL VOC's own numbers are stated beside COCO's; a crowd is an object marked difficult then.
     """
 
-    images: Tensor
+    images: Images
     objects: list[list[dict[str, Any]]]
-    targets: tuple[list[Target], list[Target]]
+    size: int
+    model: str
+    swap: list[int]
     categories: list[str]
     sigmas: list[float]
     used: list[int]
     federated: Federated | None = None
     voc: bool = False
 
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    def batches(self, batch: int) -> Iterator[Tensor]:
+        """The numbers of all images in their order, `(b,)` int64 with b up to `batch`."""
+        return iter(torch.arange(len(self)).split(batch))
+
+    def pictures(self, index: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        """Images `(b,)` int64, those mirrored that `(b,)` bool says -> `(b, 3, S, S)` float32 in [0, 1]."""
+        x = self.images[index].float() / 255
+        return x if mirrored is None else torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+
+    def target(self, image: int, mirrored: bool = False) -> Target:
+        """Torchvision's target of an image or of its mirror image."""
+        target = _target(_things(self.objects[image]), self.size, self.model, len(self.swap))
+        return _mirror(target, self.size, self.swap) if mirrored else target
+
+    def boxes(self) -> list[Tensor]:
+        """The boxes `(n, 4)` of each image, as corners."""
+        return [_corners(_things(found)) for found in self.objects]
+
     def repeat_factors(self, threshold: float) -> NDArray[np.float64]:
         """`(N,)` how often each image comes in an epoch of training (see `sampling.repeat_factors`)."""
-        return sampling.repeat_factors([target["labels"].numpy() for target in self.targets[0]], threshold)
+        labels = [np.array([thing["category"] for thing in _things(found)], np.int64) for found in self.objects]
+        return sampling.repeat_factors(labels, threshold)
 
     def truth(self) -> COCO:
         """COCO's index of the objects."""
-        return coco_eval.ground_truth(self.objects, self.images.shape[-1], len(self.categories), self.federated)
+        return coco_eval.ground_truth(self.objects, self.size, len(self.categories), self.federated)
 
 
 def load(
@@ -78,12 +105,12 @@ def load(
     ]
     if not any(thing.get(MARKS[model]) for things in kept for thing in things):
         raise UserError(f"{split.folder}: the {split.name} split has no objects with {model}s; use data that have them")
-    swap = points.get("flips", [])
-    targets = [_target(found, size, model, len(swap)) for found in kept]
     return Scenes(
-        torch.from_numpy(split.images(size)).float() / 255,
+        Images(split, torch.get_num_threads(), size),
         kept,
-        (targets, [_mirror(target, size, swap) for target in targets]),
+        size,
+        model,
+        list(points.get("flips", [])),
         [split.categories[category] for category in used],
         [float(own if sigma is None else sigma) for own in points.get("sigmas", [])],
         used,
@@ -109,11 +136,20 @@ def _rules(split: shards.Split) -> Federated:
     return Federated(split.meta["frequencies"], absent, partial)
 
 
-def _target(found: Sequence[dict[str, Any]], size: int, model: str, keypoints: int) -> Target:
-    """Boxes `(n, 4)` as corners, labels from 1, masks `(n, S, S)` uint8, keypoints `(n, K, 3)`; crowds left out."""
-    things = [t for t in found if not t.get("iscrowd") and min(t["bbox"][2:]) > 0]
+def _things(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is learnt of an image's objects: no crowds, no boxes without area."""
+    return [t for t in found if not t.get("iscrowd") and min(t["bbox"][2:]) > 0]
+
+
+def _corners(things: Sequence[dict[str, Any]]) -> Tensor:
     corners = torch.tensor([t["bbox"] for t in things], dtype=torch.float32).view(-1, 4)
     corners[:, 2:] += corners[:, :2]
+    return corners
+
+
+def _target(things: Sequence[dict[str, Any]], size: int, model: str, keypoints: int) -> Target:
+    """Boxes `(n, 4)` as corners, labels from 1, masks `(n, S, S)` uint8, keypoints `(n, K, 3)`."""
+    corners = _corners(things)
     target = {"boxes": corners, "labels": torch.tensor([t["category"] + 1 for t in things], dtype=torch.int64)}
     if model == "mask":
         drawn = [masks.decode(t["segmentation"], size, size) for t in things]

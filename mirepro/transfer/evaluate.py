@@ -1,7 +1,7 @@
 """Transfer to classification: weighted kNN and linear evaluation of one frozen encoder, in one process."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,36 +15,41 @@ from mirepro.data import shards
 from mirepro.data.images import Images
 from mirepro.encoders import Ensemble
 from mirepro.errors import UserError
-from mirepro.params import EvaluateParams, ViewParams
+from mirepro.params import EvaluateParams, LinearParams
 from mirepro.transfer import knn, linear
+from mirepro.transfer.author import Author
 from mirepro.transfer.frozen import freeze
 
 KINDS = ("flat", "pool")
 
 
 @torch.no_grad()
-def features(model: Ensemble, images: Images, view: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
-    """Features of views of all N images.
+def embed(model: Ensemble, rgb: Tensor) -> dict[str, Tensor]:
+    """Features of a batch.
 
     Args:
         model: The frozen encoder.
-        images: The images.
-        view: Stored images `(b, 3, S, S)` uint8 and their indices `(b,)` -> RGB in [0, 1].
+        rgb: Views `(b, 3, S, S)` in [0, 1].
 
     Returns:
-        `flat` `(N, F h w)`, `pool` `(N, F)` and unit embeddings `z` `(N, D)`.
+        `flat` `(b, F h w)`, `pool` `(b, F)` and unit embeddings `z` `(b, D)`.
     """
-    rows: dict[str, list[Tensor]] = {"flat": [], "pool": [], "z": []}
-    for index in torch.arange(len(images)).split(256):
-        inputs = views.modalities(view(images[index], index), model.modalities)
-        maps = [model.encoder(name).feature_map(inputs[name]) for name in model.modalities]
-        pooled = [m.mean((2, 3)) for m in maps]
-        heads = [model.encoder(name).head(p) for name, p in zip(model.modalities, pooled, strict=True)]
-        z = torch.cat([torch.nn.functional.normalize(h) for h in heads], 1) / len(heads) ** 0.5
-        rows["flat"].append(torch.cat(maps, 1).flatten(1))
-        rows["pool"].append(torch.cat(pooled, 1))
-        rows["z"].append(z)
-    return {name: torch.cat(pieces) for name, pieces in rows.items()}
+    inputs = views.modalities(rgb, model.modalities)
+    maps = [model.encoder(name).feature_map(inputs[name]) for name in model.modalities]
+    pooled = [m.mean((2, 3)) for m in maps]
+    heads = [model.encoder(name).head(p) for name, p in zip(model.modalities, pooled, strict=True)]
+    z = torch.cat([torch.nn.functional.normalize(h) for h in heads], 1) / len(heads) ** 0.5
+    return {"flat": torch.cat(maps, 1).flatten(1), "pool": torch.cat(pooled, 1), "z": z}
+
+
+def features(model: Ensemble, images: Images, size: int, kinds: Collection[str]) -> dict[str, Tensor]:
+    """Features of all N images, plain and of this size, of the kinds that `embed` names; the others are not held."""
+    parts: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+    for index in images.ahead(torch.arange(len(images)).split(256), lambda batch: batch):
+        found = embed(model, views.plain(images[index], size))
+        for kind in kinds:
+            parts[kind].append(found[kind])
+    return {kind: torch.cat(pieces) for kind, pieces in parts.items()}
 
 
 def check(params: EvaluateParams) -> None:
@@ -55,6 +60,7 @@ def check(params: EvaluateParams) -> None:
         "anchors": (params.anchors >= 1, "1 or more"),
         "gallery": (params.gallery >= 1, "1 or more"),
         "linear.l2": (bool(params.linear.l2) and min(params.linear.l2, default=-1.0) >= 0, "a list of L2 values"),
+        "linear.converged": (set(params.linear.converged) <= set(KINDS), f"some of {', '.join(KINDS)}"),
         "linear.author_epochs": (params.linear.author_epochs >= 1, "1 or more"),
         "linear.author_batch": (params.linear.author_batch >= 1, "1 or more"),
     }
@@ -65,7 +71,15 @@ def check(params: EvaluateParams) -> None:
 
 
 def evaluate(
-    run: str, row: str, seed: int, params: EvaluateParams, pretrained: Path, data_folder: Path, out: Path
+    run: str,
+    row: str,
+    seed: int,
+    params: EvaluateParams,
+    pretrained: Path,
+    data_folder: Path,
+    work: Path,
+    out: Path,
+    fingerprint: str,
 ) -> dict[str, Any]:
     """kNN and linear evaluation; every choice is made on val, test is read once.
 
@@ -76,7 +90,9 @@ def evaluate(
         params: Protocols.
         pretrained: Folder with encoder.safetensors and bank.safetensors.
         data_folder: Data set.
+        work: Folder that survives a kill, for the SGD's checkpoints.
         out: Folder to fill: gallery.json, test.json.
+        fingerprint: Names the run; a checkpoint of another one is refused.
 
     Returns:
         The metrics document.
@@ -84,22 +100,17 @@ def evaluate(
     check(params)
     model = freeze(encoders.load(pretrained / "encoder.safetensors"))
     splits = {name: shards.open(data_folder, name) for name in ("train", "val", "test")}
-    size = params.views.size
     images = {name: Images(split, torch.get_num_threads()) for name, split in splits.items()}
-    x = {name: features(model, values, lambda rgb, _: views.plain(rgb, size)) for name, values in images.items()}
     y = {name: torch.from_numpy(split.labels) for name, split in splits.items()}
-    n_classes = len(splits["train"].classes)
-    predicted: dict[str, Tensor] = {}
-    detail: dict[str, Any] = {"grid": {}, "chosen": {}, "trials": len(params.linear.l2), "features": {}}
-    cells: dict[str, Any] = {}
-    for kind in KINDS:
-        pair = [(x[name][kind], y[name]) for name in ("train", "val")]
-        classifier, detail["grid"][kind], chosen = linear.fit(pair[0], pair[1], n_classes, params.linear)
-        detail["chosen"][kind], detail["features"][kind] = chosen, x["train"][kind].shape[1]
-        predicted[f"linear_{kind}"] = classifier.predict(x["test"][kind])
-        cells[f"linear_{kind}"] = f"softmax regression on {kind} C5, L2 {chosen} of {detail['trials']} chosen on val"
-    for kind, classifier in _author(model, images["train"], y["train"], n_classes, seed, params).items():
-        predicted[f"linear_author_{kind}"] = classifier.predict(x["test"][kind])
+    n_classes, converged = len(splits["train"].classes), params.linear.converged
+    # First what keeps checkpoints, so that no restart repeats the rest before it.
+    training = Author(partial(_linear_features, model), images["train"], y["train"], n_classes, seed, params)
+    layers = training.train(work, fingerprint)
+    kinds = {"train": (*converged, "z"), "val": converged, "test": (*KINDS, "z")}
+    x = {name: features(model, images[name], params.views.size, kinds[name]) for name in splits}
+    predicted, cells, detail = _converged(x, y, n_classes, params.linear)
+    for kind, layer in layers.items():
+        predicted[f"linear_author_{kind}"] = layer.predict(x["test"][kind])
         sgd = f"SGD lr {params.linear.author_lr}, momentum {params.linear.author_momentum}"
         cells[f"linear_author_{kind}"] = f"{sgd}, {params.linear.author_epochs} epochs, train augmentation, {kind} C5"
     votes = knn.predict(
@@ -113,23 +124,30 @@ def evaluate(
         name: metrics.cell(linear.top1(predicted[name], y["test"]), "%", f"{protocol}; test top-1")
         for name, protocol in cells.items()
     }
+    left_out = metrics.cell(None, "%", "softmax regression left out: evaluate.linear.converged")
+    values |= {f"linear_{kind}": left_out for kind in KINDS if kind not in params.linear.converged}
     return metrics.document("evaluate", run, row, seed, values, detail)
 
 
-def _author(
-    model: Ensemble, images: Images, classes: Tensor, n_classes: int, seed: int, params: EvaluateParams
-) -> dict[str, linear.Classifier]:
-    solvers: dict[str, linear.Author] = {}
-    for epoch in range(params.linear.author_epochs):
-        drawn: dict[str, Any] = {"seed": seed, "epoch": epoch, "view": 2}
-        x = features(model, images, partial(_augmented, params.views, drawn))
-        for kind in KINDS:
-            solvers.setdefault(kind, linear.Author(x[kind], n_classes, seed, params.linear)).epoch(x[kind], classes)
-    return {kind: solver.classifier() for kind, solver in solvers.items()}
+def _linear_features(model: Ensemble, rgb: Tensor) -> dict[str, Tensor]:
+    found = embed(model, rgb)
+    return {kind: found[kind] for kind in KINDS}
 
 
-def _augmented(params: ViewParams, drawn: dict[str, Any], images: Tensor, index: Tensor) -> Tensor:
-    return views.batch(images, params, index=index, **drawn)
+def _converged(
+    x: Mapping[str, Mapping[str, Tensor]], y: Mapping[str, Tensor], n_classes: int, params: LinearParams
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+    """Softmax regressions: their predictions on test, their protocols, and how L2 was chosen."""
+    predicted: dict[str, Tensor] = {}
+    cells: dict[str, str] = {}
+    detail: dict[str, Any] = {"grid": {}, "chosen": {}, "trials": len(params.l2), "features": {}}
+    for kind in params.converged:
+        pair = [(x[name][kind], y[name]) for name in ("train", "val")]
+        classifier, detail["grid"][kind], chosen = linear.fit(pair[0], pair[1], n_classes, params)
+        detail["chosen"][kind], detail["features"][kind] = chosen, x["train"][kind].shape[1]
+        predicted[f"linear_{kind}"] = classifier.predict(x["test"][kind])
+        cells[f"linear_{kind}"] = f"softmax regression on {kind} C5, L2 {chosen} of {detail['trials']} chosen on val"
+    return predicted, cells, detail
 
 
 def gallery(pretrained: Path, params: EvaluateParams) -> dict[str, Any]:

@@ -1,15 +1,15 @@
-"""Linear evaluation: L2-regularised softmax regression to convergence, and the author protocol's SGD."""
+"""Linear evaluation: L2-regularised softmax regression to convergence, its strength chosen on val."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from mirepro import rng
 from mirepro.params import LinearParams
 
 
@@ -23,9 +23,13 @@ class Standardiser:
     @classmethod
     def fit(cls, x: Tensor) -> "Standardiser":
         """From training features `(N, F)`."""
-        deviation = x.double().std(0, unbiased=False)
+        return cls.of(x.double().mean(0), x.double().std(0, unbiased=False))
+
+    @classmethod
+    def of(cls, mean: Tensor, deviation: Tensor) -> "Standardiser":
+        """From mean and deviation `(F,)` float64."""
         scale = torch.where(deviation > 1e-8, 1 / deviation, torch.zeros_like(deviation))
-        return cls(x.double().mean(0).float(), scale.float())
+        return cls(mean.float(), scale.float())
 
     def __call__(self, x: Tensor) -> Tensor:
         """`(B, F)` -> `(B, F)`."""
@@ -79,8 +83,12 @@ class Basis:
         return self.axes @ theta[:-1].astype(np.float32), theta[-1].astype(np.float32)
 
 
+ROWS = 1 << 16
+"""Rows of features that are scored at a time."""
+
+
 def minimise(
-    basis: Basis, onehot: NDArray[np.float32], l2: float, start: NDArray[np.float64], params: LinearParams
+    basis: Basis, classes: NDArray[np.int64], l2: float, start: NDArray[np.float64], params: LinearParams
 ) -> NDArray[np.float64]:
     """Minimises mean cross-entropy + l2 / (2 F) |W|^2 by L-BFGS from `start` `(R + 1, C)`; the bias is not shrunk.
 
@@ -90,26 +98,37 @@ def minimise(
     """
     from scipy import optimize
 
-    n, classes = onehot.shape
+    n, n_classes = len(classes), start.shape[1]
     shrink = np.full((len(start), 1), l2 / len(basis.axes))
     shrink[-1] = 0
-    unit = 1 / np.sqrt(basis.variance[:, None] / classes + shrink)
+    unit = 1 / np.sqrt(basis.variance[:, None] / n_classes + shrink)
+    parts = [slice(begin, begin + ROWS) for begin in range(0, n, ROWS)]
 
     def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         theta = unit * flat.reshape(start.shape)
-        logits = basis.x @ theta.astype(np.float32)
-        logits -= logits.max(1, keepdims=True)
-        p = np.exp(logits)
-        total = p.sum(1, keepdims=True)
-        loss = (np.log(total).sum(dtype=np.float64) - (logits * onehot).sum(dtype=np.float64)) / n
-        p /= total
-        p -= onehot
-        gradient = (basis.x.T @ p) / n + shrink * theta
+        found = [_cross_entropy(basis.x[part], classes[part], theta.astype(np.float32)) for part in parts]
+        loss = sum(value for value, _ in found) / n
+        gradient = reduce(np.add, (value for _, value in found)) / n + shrink * theta
         return float(loss + (shrink * theta * theta).sum() / 2), (unit * gradient).ravel()
 
     options = {"maxiter": params.iterations, "gtol": params.tolerance, "ftol": 0.0, "maxcor": 10}
     found = optimize.minimize(objective, (start / unit).ravel(), jac=True, method="L-BFGS-B", options=options)
     return unit * found.x.reshape(start.shape)
+
+
+def _cross_entropy(
+    x: NDArray[np.float32], classes: NDArray[np.int64], theta: NDArray[np.float32]
+) -> tuple[float, NDArray[np.float32]]:
+    """Summed over rows `(n, R)`, and its gradient by theta `(R, C)`."""
+    onehot = np.eye(theta.shape[1], dtype=np.float32)[classes]
+    logits = x @ theta
+    logits -= logits.max(1, keepdims=True)
+    p = np.exp(logits)
+    total = p.sum(1, keepdims=True)
+    loss = np.log(total).sum(dtype=np.float64) - (logits * onehot).sum(dtype=np.float64)
+    p /= total
+    p -= onehot
+    return float(loss), x.T @ p
 
 
 def fit(
@@ -131,12 +150,12 @@ def fit(
     """
     standardise = Standardiser.fit(train[0])
     basis, x_val = Basis.fit(standardise(train[0]).numpy()), standardise(val[0]).numpy()
-    onehot = np.eye(n_classes, dtype=np.float32)[train[1].numpy()]
+    classes = train[1].numpy()
     theta = previous = np.zeros((len(basis.variance), n_classes))
     grid: dict[str, float] = {}
     best: tuple[float, float, Classifier] | None = None
     for l2 in sorted(params.l2, reverse=True):
-        previous, theta = theta, minimise(basis, onehot, l2, 2 * theta - previous, params)
+        previous, theta = theta, minimise(basis, classes, l2, 2 * theta - previous, params)
         weight, bias = basis.weights(theta)
         accuracy = top1(torch.from_numpy((x_val @ weight + bias).argmax(1)), val[1])
         grid[repr(l2)] = accuracy
@@ -155,36 +174,3 @@ def answers(predicted: Mapping[str, Tensor], classes: Tensor) -> dict[str, Any]:
     """Which images each prediction `(N,)` got right, as hex of packed bits, and their number `n`."""
     bits = {name: np.packbits((value == classes).numpy()).tobytes().hex() for name, value in predicted.items()}
     return {**bits, "n": len(classes)}
-
-
-class Author:
-    """The author protocol: SGD on features of augmented training images, one epoch at a time.
-
-    Args:
-        x: Features `(N, F)` of the first epoch, which standardise all of them.
-        n_classes: Number of classes.
-        seed: Decides the order of the images.
-        params: Learning rate, momentum, batch.
-    """
-
-    def __init__(self, x: Tensor, n_classes: int, seed: int, params: LinearParams) -> None:
-        self._standardise, self._seed, self._params, self._epoch = Standardiser.fit(x), seed, params, 0
-        self._theta = [torch.zeros(x.shape[1], n_classes), torch.zeros(n_classes)]
-        self._velocity = [torch.zeros_like(t) for t in self._theta]
-
-    def epoch(self, features: Tensor, classes: Tensor) -> None:
-        """One pass over features `(N, F)` with classes `(N,)`."""
-        order = torch.from_numpy(rng.permutation(self._seed, rng.Stream.TRANSFER, self._epoch, len(classes)))
-        x, params = self._standardise(features), self._params
-        onehot = nn.functional.one_hot(classes, len(self._theta[1])).float()
-        for index in order.split(params.author_batch):
-            residual = (torch.softmax(x[index] @ self._theta[0] + self._theta[1], 1) - onehot[index]) / len(index)
-            gradients = (x[index].T @ residual, residual.sum(0))
-            for t, v, gradient in zip(self._theta, self._velocity, gradients, strict=True):
-                v.mul_(params.author_momentum).add_(gradient)
-                t -= params.author_lr * v
-        self._epoch += 1
-
-    def classifier(self) -> Classifier:
-        """The classifier so far."""
-        return Classifier(self._standardise, *self._theta)
