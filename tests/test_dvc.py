@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mirepro import profiles, stages
-from mirepro.launch import dvc
+from mirepro.launch import dvc, parsed
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +178,8 @@ from pathlib import Path
 from dvc import dvcfile
 from mirepro.launch import dvc
 if sys.argv[1] == "quick":
+    from dvc.utils.serialize._yaml import parse_yaml as plain
+    Path(".mirepro").mkdir(exist_ok=True)
     dvc.make_atomic()
     dvc.make_quick()
 def change(entry):
@@ -191,6 +193,12 @@ for name in (names[0], names[7], names[-1], "new@stage", "a: b"):
     out = {"path": "runs/x", "hash": "md5", "md5": "0" * 32, "size": 1}
     change({name: {"cmd": f"mirepro {name}", "params": {"params.yaml": long}, "outs": [out]}})
 change({})
+if sys.argv[1] == "quick":
+    from dvc.utils.serialize import _yaml
+    text = Path("dvc.lock").read_text()
+    kept = _yaml.parse_yaml(text, "dvc.lock")
+    assert kept == plain(text, "dvc.lock"), "what was learnt while writing"
+    assert any(Path(".mirepro/parsed").iterdir())
 """
 
 
@@ -208,6 +216,32 @@ def test_quick_writes_have_the_bytes_of_plain_dvc(lock: Path, root: Path) -> Non
             texts[how] = lock.read_text()
         assert texts["quick"] == texts["plain"]
         assert len(dvc.entries(texts["quick"])) == len(names) + 2
+
+
+def test_a_kept_text_is_what_parsing_would_give(tmp_path: Path) -> None:
+    """Read by another process; after another writer, a half-written file and for data that JSON lacks it is parsed."""
+    text, asked = "a: 1e-07\nb: [x, null, 2.0]\n" + "# long\n" * 2000, []
+
+    def parse(text: str, path: str) -> dict[str, object]:
+        asked.append(path)
+        return yaml.safe_load(text) | {"number": 1.0, "tuple": () if path == "odd" else []}
+
+    def again(text: str, path: str) -> dict[str, object]:
+        return parsed.Parsed(parse, tmp_path / "kept")(text, path)
+
+    first = again(text, "lock")
+    first["number"] = 2
+    assert again(text, "lock") == parse(text, "lock")
+    assert asked == ["lock"] * 2
+    assert type(again(text, "lock")["number"]) is float
+    again(text + "c: 1", "lock")
+    assert len(asked) == 3
+    (file,) = (tmp_path / "kept").iterdir()
+    file.write_text(file.read_text()[:100])
+    assert again(text + "c: 1", "lock")["c"] == 1
+    assert len(asked) == 4
+    assert again(text, "odd") == again(text, "odd")
+    assert asked[4:] == ["odd"] * 2, "control"
 
 
 def test_only_changed_entries_are_written_anew(text: str) -> None:

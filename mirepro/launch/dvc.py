@@ -9,14 +9,12 @@ import fnmatch
 import io
 import json
 import os
-import pickle
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,10 +22,12 @@ import psutil  # comes with DVC
 import yaml
 
 from mirepro import files
+from mirepro.launch.parsed import Parsed
 
 HEAD = re.compile(r"^(?=  [^ ].*:$)", re.MULTILINE)  # before the line with a stage's name
 COMMAND = re.compile(r"mirepro stage (?P<kind>\S+)(?: (?P<key>[^-\s]\S*))? --profile (?P<profile>\S+)")
 LEFTOVER = f".{'?' * 22}.tmp"  # the copy that DVC was making when it was killed or the disk was full
+KEPT = Path(".mirepro/parsed")
 RESULTS = ("metrics", "runs", "tables", "reports")  # folders into which DVC copies
 
 
@@ -61,22 +61,29 @@ def make_quick() -> None:
     from tqdm import tqdm
 
     parse, plain = _yaml.parse_yaml, dvcfile.modify_yaml
-    parsed = lru_cache(16)(lambda text, path: pickle.dumps(parse(text, path)))
+    parsed = Parsed(parse, KEPT.absolute() if KEPT.parent.is_dir() else None)
 
     def parse_once(text: str, path: str, typ: str = "safe") -> Any:
-        return pickle.loads(parsed(text, path)) if typ == "safe" else parse(text, path, typ)
+        return parsed(text, path) if typ == "safe" else parse(text, path, typ)
 
     @contextmanager
     def modify(path: str, fs: Any = None) -> Iterator[Any]:
         text = Path(path).read_text(encoding="utf-8") if Path(path).name == "dvc.lock" and Path(path).exists() else ""
-        before = parse_once(text, path) if text else {}
+        before = parsed(text, path) if text else {}
         if list(before) != ["schema", "stages"] or len(entries(text)) != len(before["stages"]):
             with plain(path, fs=fs) as data:
                 yield data
             return
-        data = parse_once(text, path)
+        data = parsed(text, path)
         yield data
-        files.write_text(path, spliced(text, before["stages"], data, _yaml.dumps_yaml))
+        text = spliced(text, before["stages"], data, _yaml.dumps_yaml)
+        files.write_text(path, text)
+        entry_of = data["stages"] | {
+            name: parse(_yaml.dumps_yaml({"stages": {name: entry}}), path)["stages"][name]
+            for name, entry in data["stages"].items()
+            if before["stages"].get(name) != entry
+        }
+        parsed.learn(text, path, before | {"stages": entry_of})
 
     lock.DEFAULT_TIMEOUT = 0.3  # a twentieth of a second between looks at the repository's lock instead of a half
     _yaml.parse_yaml = strictyaml.parse_yaml = parse_once
