@@ -162,7 +162,7 @@ def test_another_digest_does_not_run(cluster: Cluster, image: Image, tmp_path: P
     wrong = image.section | {"image": f"localhost/python@sha256:{'0' * 64}"}
     bench = Bench(tmp_path, slurm_jobs.finish, **wrong)
     bench.launcher.site = dataclasses.replace(bench.site, retries=0)
-    with pytest.raises(JobFailed, match="without a result"):
+    with pytest.raises(JobFailed, match=r"without a result.*; image: Error: .*; push it to the registry, "):
         bench.wait()
     assert "0" * 64 in bench.handle.log.read_text()
 
