@@ -24,6 +24,7 @@ from test_slurm import HERE, Bench, cluster, living
 from mirepro.launch import container
 from mirepro.launch.container import Container
 from mirepro.launch.launcher import JobFailed
+from mirepro.launch.probe import probe
 from mirepro.site import Section
 from tests.test_pretrain import bytes_of, data, run, train
 
@@ -43,6 +44,11 @@ class Image:
     def section(self) -> dict[str, Any]:
         """Keys of a site file's section."""
         return {"image": self.reference, "binds": self.binds, "runtime": "podman"}
+
+    @property
+    def toml(self) -> str:
+        """The same as a site file writes it."""
+        return f"image = '{self.reference}'\nbinds = {list(self.binds)}\n"
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +168,17 @@ def test_another_digest_does_not_run(cluster: Cluster, image: Image, tmp_path: P
     wrong = image.section | {"image": f"localhost/python@sha256:{'0' * 64}"}
     bench = Bench(tmp_path, slurm_jobs.finish, **wrong)
     bench.launcher.site = dataclasses.replace(bench.site, retries=0)
-    with pytest.raises(JobFailed, match="without a result"):
+    with pytest.raises(JobFailed, match=r"without a result.*; image: Error: .*; push it to the registry, "):
         bench.wait()
     assert "0" * 64 in bench.handle.log.read_text()
+
+
+def test_check_runs_its_probe_in_the_image(cluster: Cluster, image: Image, tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "here.toml").write_text(f"poll = 0.5\n[all]\n{image.toml}[pretrain]\nnodes = 2\n")
+    lines = list(probe(tmp_path, "here"))
+    assert "ran on n1, n2 (2 tasks in the container), back in " in lines[3]
+    assert "(1 task in the container)" in lines[4]
 
 
 def test_ranks_in_containers_give_the_bits_of_one_process_outside(cluster, image, data, tmp_path):
@@ -181,9 +195,7 @@ def test_pipeline_in_containers_gives_the_same_lock(cluster: Cluster, image: Ima
     for name in ("inline", "here"):
         miniature = Miniature(root, tmp_path / name)
         (miniature.root / "launch").mkdir()
-        binds = ", ".join(f'"{bind}"' for bind in image.binds)
-        section = f"[all]\ntime = 5\nimage = '{image.reference}'\nbinds = [{binds}]\n"
-        (miniature.root / "launch" / "here.toml").write_text(f"poll = 0.5\n{section}")
+        (miniature.root / "launch" / "here.toml").write_text(f"poll = 0.5\n[all]\ntime = 5\n{image.toml}")
         result = miniature.run("repro", "--jobs", "4", "--launch", name)
         assert result.returncode == 0, result.stderr
         locks.append(yaml.safe_load((miniature.root / "dvc.lock").read_text())["stages"])

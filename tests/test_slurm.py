@@ -23,7 +23,6 @@ from mirepro.errors import UserError
 from mirepro.launch import slurm
 from mirepro.launch.launcher import JobFailed, Launcher, Ticket
 from mirepro.launch.ledger import Attempt
-from mirepro.launch.probe import probe
 from mirepro.site import Section, Site
 from tests.test_pretrain import bytes_of, data, run, train
 
@@ -381,27 +380,6 @@ def test_a_failed_rank_ends_the_job_and_speaks_first(cluster, data, tmp_path, mo
     with pytest.raises(JobFailed, match="ZeroDivisionError: the cause"):
         bench.wait(600)
     until(lambda: not living(bench), 120, "the end of the other ranks")
-
-
-def test_check(cluster: Cluster, root: Path, tmp_path: Path) -> None:
-    (tmp_path / "launch").mkdir()
-    site = tmp_path / "launch" / "here.toml"
-
-    def check(text: str) -> list[str]:
-        site.write_text(text)
-        return list(probe(tmp_path, "here"))
-
-    lines = check("[all]\npartition = 'main'\ntime = 30\n")
-    assert "job" in lines[1]
-    assert "ran on" in lines[1]
-    for text, message in (
-        ("[pretrain]\npartition = 'moon'\n", "pretrain.partition: 'moon' is unknown to the cluster; known: main"),
-        ("[toy]\ntime = '2:00:00'\n", "toy.time: 2:00:00 is over the limit 01:00:00 of main"),
-        ("[all]\nnodes = 3\n", "pretrain.nodes: 3, and main has 2"),
-        ("[all]\noptions = {gres = 'gpu:9'}\n", "sbatch"),
-    ):
-        with pytest.raises(UserError, match=message):
-            check(text)
 
 
 def test_pipeline_gives_the_same_lock(cluster: Cluster, root: Path, tmp_path: Path) -> None:

@@ -180,11 +180,15 @@ def prune(
 
 
 @launch_app.command()
-def check(name: Annotated[str, typer.Argument(metavar="SITE", help="local, slurm, or a file of launch/")]) -> None:
-    """Check a site file against the cluster and run a short job of each class."""
+def check(
+    name: Annotated[str, typer.Argument(metavar="SITE", help="local, slurm, or a file of launch/")],
+    profile: Annotated[str, typer.Option("--profile", help="whose `threads` are a task's cores")] = "desk",
+) -> None:
+    """Ask the cluster for every section of a site file, and run a short job of each."""
     from mirepro import site
     from mirepro.launch.probe import probe
 
     os.environ[site.VARIABLE] = name
-    for line in probe(profiles.find_root(), name):
+    root = profiles.find_root()
+    for line in probe(root, name, profiles.load(root, profile).threads):
         print(line, flush=True)

@@ -1,6 +1,7 @@
 """The command that runs a job's Python inside a container image, and the end that both share."""
 
 import os
+import re
 import shlex
 import signal
 import threading
@@ -11,12 +12,24 @@ from pathlib import Path
 from mirepro.site import Section
 
 PREFIXES = ("SLURM_", "SUBMITIT_", "MIREPRO_", "OMP_", "MKL_", "OPENBLAS_", "NPY_", "CUDA_", "NCCL_", "GLOO_")
-NAMES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "CUBLAS_WORKSPACE_CONFIG")
+NAMES = ("SLURMD_NODENAME", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "CUBLAS_WORKSPACE_CONFIG")
 PYTHON = "python3"
 CLIENT = "MIREPRO_CLIENT"
 """Environment variable: process id of the podman that a job's container belongs to."""
 SIGNAL = "USR2"
 """submitit's signal: the job's time is nearly over, or another job wants its place."""
+PUSH = "push it to the registry, and let the nodes read that, or pull it on every node"
+COMPLAINTS = {
+    r"\b{runtime}\b\W+(command )?(not found|No such file or directory)": (
+        "runtime", "install it on all nodes, or load its module in `setup`"
+    ),
+    "unrecognized option '--container-image": ("runtime", "pyxis has to be installed in Slurm; or set another one"),
+    "initializing source docker://|manifest unknown|image not known": ("image", PUSH),
+    r"Unable to handle \S+ uri|pyxis: failed to import docker image": ("image", PUSH),
+    "invalid reference format": ("image", "write registry/name@sha256: and all 64 digits"),
+    r"statfs \S+ no such file or directory|mount source \S+ doesn't exist": ("binds", "name what all nodes have"),
+}  # fmt: skip
+"""How podman, apptainer, pyxis and srun complain, the key that is at fault, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,16 @@ def enroot(image: str) -> str:
     if slash and (host == "localhost" or "." in host or ":" in host):
         name = f"{host}#{rest}"
     return f"{name}:{digest}" if at else name
+
+
+def complaint(section: Section, folder: Path, job: str) -> str:
+    """The last complaint of a runtime in a job's logs, with key and remedy; empty where there is none."""
+    logs = sorted(folder.glob(f"{job}_*_log.out")) if section.image else []
+    for line in reversed("\n".join(path.read_text(errors="replace") for path in logs).splitlines()):
+        for pattern, (key, remedy) in COMPLAINTS.items():
+            if re.search(pattern.replace("{runtime}", section.runtime), line):
+                return f"{key}: {line.strip()}; {remedy}"
+    return ""
 
 
 def unblock() -> None:

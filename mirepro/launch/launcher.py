@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mirepro.errors import UserError
+from mirepro.launch.container import complaint
 from mirepro.launch.ledger import Attempt, Decision, Entry, Failure, Ledger, Sight, Status, decide
 from mirepro.launch.scheduler import Local, Request, Scheduler, Unreachable, pickled
 from mirepro.launch.slurm import Slurm
@@ -246,8 +247,11 @@ class Handle:
         self.status = Status("queued")
 
     def _complaint(self, reason: str) -> str:
-        log = f"; log: {self.log}" if self.log.name else ""
-        return f"{self.ticket.stage}: job {self.label}: {reason}{log}"
+        if not self.log.name:
+            return f"{self.ticket.stage}: job {self.label}: {reason}"
+        section = self._launcher.site.section(self.ticket.kind)
+        said = "; ".join(filter(None, (reason, complaint(section, self.log.parent, self.label))))
+        return f"{self.ticket.stage}: job {self.label}: {said}; log: {self.log}"
 
 
 @contextmanager

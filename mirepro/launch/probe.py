@@ -1,46 +1,55 @@
-"""`mirepro launch check`: does the cluster know what the site file asks for, and does a short job come back?"""
+"""`mirepro launch check`: does the cluster take what the site file asks for, and does a short job come back?"""
 
+import dataclasses
+import os
 import platform
-import re
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
-from mirepro import site, stages
+from mirepro import files, ranks, site, stages
 from mirepro.errors import UserError
-from mirepro.launch.launcher import create, outcome
+from mirepro.launch import inquiry
+from mirepro.launch.container import complaint
+from mirepro.launch.launcher import create, label, outcome
 from mirepro.launch.ledger import Attempt
 from mirepro.launch.scheduler import Request, Scheduler, Unreachable
-from mirepro.launch.slurm import command
-from mirepro.site import Section, Site, parse_minutes
+from mirepro.launch.slurm import Slurm
+from mirepro.site import Section, Site
 
 MINUTES = 1  # limit of the probe
+GRACE = 1  # seconds; Slurm looks twice a minute, and with many more would signal a probe that has only begun
+SOON = 300  # seconds that a probe of the real size may have to wait
 
 
 class Probe:
-    """What the probe runs: writes down where it is, and whether the package can be imported there.
+    """What each task of the probe runs: writes down where it is, on the file system that jobs and this machine share.
 
     Args:
-        report: File for its answer, on the file system that jobs and this machine share.
+        folder: For its report.
     """
 
-    def __init__(self, report: Path) -> None:
-        self.report = report
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def __call__(self) -> None:
-        from mirepro import files
-
-        facts = {"node": platform.node(), "python": platform.python_version(), "prefix": sys.prefix}
-        files.write_json(self.report, facts)
+        node = os.environ.get("SLURMD_NODENAME", platform.node())
+        files.write_json(self.folder / f"report-{ranks.identity()[0]}.json", {"node": node})
 
 
-def probe(root: Path, name: str) -> Iterator[str]:
+def probe(root: Path, name: str, threads: int = 1) -> Iterator[str]:
     """Checks a site; yields a line for everything that is right.
 
+    Args:
+        root: The repository's root.
+        name: The site's name.
+        threads: Cores of a task, where a section names none.
+
     Raises:
-        UserError: The site file is wrong, the cluster does not know what it names, or the job does not come back.
+        UserError: The site file is wrong, the cluster refuses what it asks for, or the job does not come back.
     """
     place = site.load(root, name, stages.JOBS)
     scheduler = create(place)
@@ -49,79 +58,134 @@ def probe(root: Path, name: str) -> Iterator[str]:
         groups: dict[str, list[str]] = {}
         for kind in stages.JOBS:
             groups.setdefault(repr(place.section(kind)), []).append(kind)
-        for kinds in groups.values():
-            section = place.section(kinds[0])
-            if place.executor == "slurm":
-                _partition(section, kinds[0])
-            yield _run(root, place, scheduler, kinds)
+        checks = [Check(root, place, scheduler, kinds, threads) for kinds in groups.values()]
+        if isinstance(scheduler, Slurm):
+            for check in checks:  # all before the first probe, which may wait in the queue
+                yield check.ask(scheduler)
+        for check in checks:
+            yield check.run()
     except Unreachable as error:
         raise UserError(f"{name}: the scheduler does not answer ({error}); try again later") from error
 
 
-def _partition(section: Section, kind: str) -> None:
-    """Compares a section with the partition it names."""
-    listing = {}
-    for line in command("scontrol", "--oneliner", "show", "partition").splitlines():
-        facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
-        listing[facts["PartitionName"]] = facts
-    default = next((key for key, facts in listing.items() if facts.get("Default") == "YES"), None)
-    wanted = section.partition or default
-    if wanted is None:
-        raise UserError(f"{kind}.partition: missing, and the cluster has no default; known: {', '.join(listing)}")
-    for part in wanted.split(","):
-        if part not in listing:
-            raise UserError(f"{kind}.partition: {part!r} is unknown to the cluster; known: {', '.join(listing)}")
-        facts = listing[part]
-        if facts.get("State", "UP") != "UP":
-            raise UserError(f"{kind}.partition: {part} is {facts['State']}; use another one")
-        longest = facts.get("MaxTime", "UNLIMITED")
-        if longest not in ("UNLIMITED", "INFINITE") and section.minutes > parse_minutes(longest):
-            raise UserError(f"{kind}.time: {section.time} is over the limit {longest} of {part}; lower it")
-        if section.nodes > int(facts.get("TotalNodes", section.nodes)):
-            raise UserError(f"{kind}.nodes: {section.nodes}, and {part} has {facts['TotalNodes']}; lower it")
+@dataclass(frozen=True)
+class Check:
+    """Of the classes of stages that share one section.
 
-
-def _run(root: Path, place: Site, scheduler: Scheduler, kinds: list[str]) -> str:
-    """Submits a probe with a section's resources and waits for it."""
-    import dataclasses
-
-    section = dataclasses.replace(place.section(kinds[0]), time=MINUTES, nodes=1, tasks=1, grace=30)
-    base = root / ".mirepro" / "jobs"
-    base.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="probe-", dir=base, ignore_cleanup_errors=True) as folder:
-        report, title = Path(folder) / "report.json", f"probe.{Path(folder).name[-8:]}"
-        started = time.monotonic()
-        job = scheduler.submit(Request(title, root, Path(folder), Probe(report), section, 0))
-        attempt = Attempt("", folder, "submitted", scheduler.cluster(), job, time.time())
-        try:
-            _wait(place, scheduler, attempt, title, report)
-            seconds = time.monotonic() - started
-            while scheduler.status(attempt, title).alive:  # it still writes into the folder
-                time.sleep(0.5)
-        except BaseException:
-            scheduler.cancel(attempt, title)
-            raise
-        node = re.search(r'"node": "([^"]*)"', report.read_text())
-        where = node[1] if node else "?"
-        return f"{', '.join(kinds)}: job {job.partition('.')[0]} ran on {where}, back in {seconds:.1f} s"
-
-
-def _wait(place: Site, scheduler: Scheduler, attempt: Attempt, title: str, report: Path) -> None:
-    """Until the report is there.
-
-    Raises:
-        UserError: The job ended without one.
+    Attributes:
+        root: The repository's root.
+        place: The site.
+        scheduler: The site's.
+        kinds: The classes.
+        threads: Cores of a task, where the section names none.
     """
-    gone = 0.0
-    while not report.exists():
-        time.sleep(0.5)
-        failure = outcome(Path(attempt.folder), attempt.job)
-        if failure is not None:
-            raise UserError(f"probe on {place.name}: {failure.reason}; is the package installed on the nodes?")
-        status = scheduler.status(attempt, title)
-        gone = gone or time.monotonic() if status.phase in ("ended", "absent") else 0.0
-        if gone and time.monotonic() - gone > place.settle:
-            log = Path(attempt.folder) / f"{attempt.job.partition('.')[0]}_0_log.out"
-            last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.is_file() else ["no log"]
-            seen = f"{status.state} {status.detail}".strip() or "gone"
-            raise UserError(f"probe on {place.name}: {seen}, without a result ({last}); do the nodes see this folder?")
+
+    root: Path
+    place: Site
+    scheduler: Scheduler
+    kinds: list[str]
+    threads: int
+
+    @property
+    def section(self) -> Section:
+        """What the classes ask for."""
+        return self.place.section(self.kinds[0])
+
+    def ask(self, scheduler: Slurm) -> str:
+        """What the cluster says to the section."""
+        inquiry.partition(self.section, self.kinds[0])
+        start = self._start(scheduler, self.section)
+        return f"{', '.join(self.kinds)}: {shape(self.section)}: accepted{forecast(start)}"
+
+    def run(self) -> str:
+        """What came of a probe of the section's size, or of one task where that would have to wait."""
+        section, note = dataclasses.replace(self.section, time=MINUTES, grace=GRACE), ""
+        if isinstance(self.scheduler, Slurm) and self._tasks(section) > 1:
+            start = self._start(self.scheduler, section)
+            if start is not None and start - time.time() > SOON:
+                note = f"; a smaller probe, because {shape(section)} would have to wait{forecast(start)}"
+                section = dataclasses.replace(section, nodes=1, tasks=1, gpus=min(section.gpus, 1))
+        return f"{', '.join(self.kinds)}: {self._submit(section)}{note}"
+
+    def _start(self, scheduler: Slurm, section: Section) -> float | None:
+        asked = dataclasses.replace(section, cpus=section.cpus or self.threads)  # for a refusal to name
+        request = Request("check", self.root, self.root, Probe(self.root), asked, 0)
+        return inquiry.start(scheduler, request, self.kinds[0])
+
+    def _tasks(self, section: Section) -> int:
+        """All ranks; jobs of this machine have one node."""
+        return section.tasks * (section.nodes if self.place.executor == "slurm" else 1)
+
+    def _submit(self, section: Section) -> str:
+        """Submits a probe, waits for its end, and says where it ran."""
+        base = self.root / ".mirepro" / "jobs"
+        base.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="probe-", dir=base, ignore_cleanup_errors=True) as name:
+            folder, title = Path(name), f"probe.{name[-8:]}"
+            began = time.monotonic()
+            job = self.scheduler.submit(Request(title, self.root, folder, Probe(folder), section, 0, self.threads))
+            attempt = Attempt("", name, "submitted", self.scheduler.cluster(), job, time.time())
+            try:
+                self._wait(attempt, title, section)
+                seconds = time.monotonic() - began
+                while self.scheduler.status(attempt, title).alive:  # it still writes into the folder
+                    time.sleep(0.5)
+            except BaseException:
+                self.scheduler.cancel(attempt, title)
+                raise
+            nodes = sorted({files.read_json(path)["node"] for path in _reports(folder)})
+        what = _count(self._tasks(section), "task") + (" in the container" if section.image else "")
+        return f"job {label(job)} ran on {', '.join(nodes)} ({what}), back in {seconds:.1f} s"
+
+    def _wait(self, attempt: Attempt, title: str, section: Section) -> None:
+        """Until every task has left its report.
+
+        Raises:
+            UserError: The job ended without.
+        """
+        folder, gone = Path(attempt.folder), 0.0
+        while len(_reports(folder)) < self._tasks(section):
+            time.sleep(0.5)
+            failure = outcome(folder, attempt.job)
+            if failure is not None:
+                raise UserError(f"probe on {self.place.name}: {failure.reason}; is the package installed on the nodes?")
+            status = self.scheduler.status(attempt, title)
+            gone = gone or time.monotonic() if status.phase in ("ended", "absent") else 0.0
+            if gone and time.monotonic() - gone > self.place.settle:
+                seen = f"{status.state} {status.detail}".strip() or "gone"
+                raise UserError(self._loss(folder, label(attempt.job), section, seen))
+
+    def _loss(self, folder: Path, job: str, section: Section, seen: str) -> str:
+        """Why a job has ended without all reports, as far as its log knows."""
+        if said := complaint(section, folder, job):
+            return f"{self.kinds[0]}.{said}"
+        log = folder / f"{job}_0_log.out"
+        lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else ["no log"]
+        last = [line for line in lines if not line.startswith("srun: ")][-1:]  # that tells of the end, not of the cause
+        came = f"{len(_reports(folder))} of {self._tasks(section)} tasks came back"
+        slow = "does a pull outlast the probe's minute? bring the image to the nodes before"
+        remedy = slow if section.image else "do the nodes see this folder?"
+        return f"probe on {self.place.name}: {seen}, {came} ({last}); {remedy}"
+
+
+def _reports(folder: Path) -> list[Path]:
+    return list(folder.glob("report-*.json"))
+
+
+def shape(section: Section) -> str:
+    """A section's size for people."""
+    tasks = _count(section.tasks, "task") + (" each" if section.nodes > 1 else "")
+    return f"{_count(section.nodes, 'node')}, {tasks}, {timedelta(minutes=section.minutes)}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number > 1 else ''}"
+
+
+def forecast(start: float | None) -> str:
+    """When a job could start, for people; empty where nobody knows."""
+    if start is None:
+        return ""
+    if start - time.time() < SOON:
+        return f"; could start within {SOON // 60} minutes"
+    return f"; could start at {time.strftime('%Y-%m-%d %H:%M', time.localtime(start))}"

@@ -62,7 +62,12 @@ class Row:
 
 
 def command(*words: str) -> str:
-    """Output of a client command.
+    """Output of a client command; see `call`."""
+    return call(*words).stdout
+
+
+def call(*words: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs a client command on a standard input.
 
     Raises:
         Unreachable: It hung, or the controller did not answer it.
@@ -71,14 +76,14 @@ def command(*words: str) -> str:
     environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
     options = {"capture_output": True, "text": True, "timeout": PATIENCE, "env": environment}
     try:
-        result = subprocess.run(words, stdin=subprocess.DEVNULL, check=False, **options)  # type: ignore[call-overload]
+        result = subprocess.run(words, input=text, check=False, **options)  # type: ignore[call-overload]
     except subprocess.TimeoutExpired as error:
         raise Unreachable(f"{words[0]} did not answer in {PATIENCE:.0f} s") from error
     except FileNotFoundError as error:
         remedy = "run where Slurm's commands are, or with MIREPRO_LAUNCH=local"
         raise UserError(f"{words[0]}: no such command; {remedy}") from error
     if result.returncode == 0:
-        return result.stdout
+        return result
     message = " ".join(result.stderr.split()) or f"exit {result.returncode}"
     raise Unreachable(message) if TRANSIENT.search(message) else UserError(f"{words[0]}: {message}")
 
@@ -109,13 +114,9 @@ class Slurm:
 
     def submit(self, request: Request) -> str:
         """Submits through submitit; see `Scheduler.submit`."""
-        import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        container = Container(request.root, request.section) if request.section.image else None
-        python = container.python() if container else None
-        executor = submitit.SlurmExecutor(request.folder, max_num_timeout=request.requeues, python=python)
-        executor.update_parameters(**parameters(request, container))
+        executor = _executor(request)
         self._taken = -float("inf")
         try:
             with outside_a_job():
@@ -125,6 +126,17 @@ class Slurm:
             if TRANSIENT.search(message):
                 raise Unreachable(message) from error
             raise UserError(f"{message}; correct the section in the site file") from error
+
+    def test(self, request: Request) -> str:
+        """What sbatch says to the very script of `submit`, which it only looks at.
+
+        Raises:
+            UserError: It refuses the script.
+        """
+        executor = _executor(request)
+        script = executor._make_submission_file_text(executor._submitit_command_str, "")
+        with outside_a_job():
+            return call("sbatch", "--test-only", text=script).stderr
 
     def find(self, name: str, folder: Path) -> str | None:
         """See `Scheduler.find`."""
@@ -169,6 +181,17 @@ class Slurm:
 def _row(line: str) -> Row | None:
     job, name, submitted, state, node, detail = [part.strip() for part in line.split("|")]
     return Row(job, name, float(submitted), state, node, detail) if submitted.isdigit() else None
+
+
+def _executor(request: Request) -> Any:
+    """submitit's executor with the parameters of a request."""
+    import submitit
+
+    container = Container(request.root, request.section) if request.section.image else None
+    python = container.python() if container else None
+    executor = submitit.SlurmExecutor(request.folder, max_num_timeout=request.requeues, python=python)
+    executor.update_parameters(**parameters(request, container))
+    return executor
 
 
 def parameters(request: Request, container: Container | None = None) -> dict[str, Any]:
