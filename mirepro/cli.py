@@ -101,13 +101,14 @@ def plan(
     profile: ProfileName = "desk",
     bank_rows: Annotated[int | None, typer.Option(help="a bank of so many rows: what its steps cost, instead")] = None,
     ranks: Annotated[int, typer.Option(help="that share the bank (pretrain.bank_shards)")] = 1,
+    gpu_rate: Annotated[float | None, typer.Option(help="multiply-adds a second of a GPU, such as 4e12")] = None,
 ) -> None:
     """Predict hours, memory and disk of a profile's stages from measured rates."""
     from mirepro.launch import budget, spread
 
     chosen = profiles.load(profiles.find_root(), profile)
     if bank_rows is None:
-        print("\n".join(budget.lines(chosen)))
+        print("\n".join(budget.lines(chosen, gpu_rate)))
     else:
         print("\n".join(spread.lines(chosen, bank_rows, ranks)))
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from mirepro import files, profiles
+from mirepro.errors import UserError
 from mirepro.launch import budget, detection_work, work
 from mirepro.launch.work import Work
 
@@ -59,6 +60,19 @@ def test_the_plan_names_every_row_and_says_what_it_leaves_out(paper: profiles.Pr
     for name in ("detect@ir-mask ", "detect@cmc-keypoint ", "detect@random-voc ", "detect@ring-lvis "):
         assert name in text, name
     assert text.endswith("not predicted: controls, toy, the longer epochs of lvis (repeat-factor sampling)")
+
+
+def test_a_given_rate_of_a_gpu_gives_its_hours_and_says_that_it_was_given(paper: profiles.Profile) -> None:
+    shown = budget.lines(paper, 4e12)
+    one = budget.works(paper)["pretrain@ir-s0"]
+    macs = sum(getattr(one, part) for part in budget.PARTS)
+    cells = next(line.split() for line in shown if line.startswith("pretrain@ir "))
+    assert float(cells[3]) == pytest.approx(macs / 4e12 / 3600, rel=0.01)
+    assert any("4e+12 multiply-adds a second throughout (given, not measured)" in line for line in shown)
+    assert not any("not measured " in line for line in shown)  # control: a column of the other test
+    for wrong in (0.0, -1.0, float("inf")):
+        with pytest.raises(UserError, match="--gpu-rate"):
+            budget.lines(paper, wrong)
 
 
 def test_the_plan_sums_up_the_runs_of_every_table(root: Path) -> None:

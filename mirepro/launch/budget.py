@@ -4,6 +4,7 @@ The rates (counted work per second) stand in `benchmarks/results/rates.json` wit
 (`python -m benchmarks.rates`); a rate that nobody measured gives no number.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -52,10 +53,30 @@ def seconds(work: Work, rates: Mapping[str, Any], kind: str) -> float | None:
     return float(total)
 
 
-def lines(profile: Profile) -> list[str]:
-    """The plan as text: the stages of a row together, then what all of them cost."""
+def given(rate: float) -> dict[str, Any]:
+    """The rates of a GPU that nobody measured here.
+
+    Args:
+        rate: Multiply-adds a second that it is taken to reach in every part.
+
+    Raises:
+        UserError: The rate is impossible.
+    """
+    if not 0 < rate < math.inf:
+        raise UserError(f"--gpu-rate: {rate:g} is impossible; use multiply-adds a second, for example 4e12")
+    what = f"a GPU at {rate:g} multiply-adds a second throughout (given, not measured)"
+    return dict.fromkeys(PARTS, rate) | {"start": {}, "what": what}
+
+
+def lines(profile: Profile, gpu_rate: float | None = None) -> list[str]:
+    """The plan as text: the stages of a row together, then what all of them cost.
+
+    Args:
+        profile: Whose stages.
+        gpu_rate: See `given`; None takes the measured rates.
+    """
     rates, stages = files.read_json(profile.root / RATES), works(profile)
-    machines = rates["machines"]
+    machines = rates["machines"] | ({} if gpu_rate is None else {"GPU": given(gpu_rate)})
     groups: dict[str, list[str]] = {}
     for name in stages:
         groups.setdefault(re.sub(r"-s\d+(?=-|$)", "", name), []).append(name)
@@ -71,7 +92,7 @@ def lines(profile: Profile) -> list[str]:
         shown.append(f"{own['what']}: {_hours(stages, stages, own).strip()} h in all")
     disk = sum(work.disk for work in stages.values())
     shown.append(f"disk of the outputs: {disk / 1e9:.3g} GB (twice that with DVC's cache on another file system)")
-    return [*shown, "", *_tables(profile, stages, rates), "", _left_out(profile)]
+    return [*shown, "", *_tables(profile, stages, machines), "", _left_out(profile)]
 
 
 def _left_out(profile: Profile) -> str:
@@ -86,9 +107,8 @@ def _hours(stages: Mapping[str, Work], names: Iterable[str], rates: Mapping[str,
     return f"{'not measured' if None in each else format(sum(filter(None, each)) / 3600, ',.3g'):>22}"
 
 
-def _tables(profile: Profile, stages: Mapping[str, Work], rates: Mapping[str, Any]) -> list[str]:
+def _tables(profile: Profile, stages: Mapping[str, Work], machines: Mapping[str, Any]) -> list[str]:
     """What the runs of each table cost, pretraining and evaluation or detection; tables share runs."""
-    machines = rates["machines"]
     shown = [f"{'runs of':<12}{'n':>5}" + "".join(f"{name + ', h':>22}" for name in machines) + f"{'disk, GB':>10}"]
     for table, layout in profile.values["tables"].items():
         runs = sorted({run for row in (layout.get("rows") or {}).values() for run in row or []})
