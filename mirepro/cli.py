@@ -107,6 +107,8 @@ def plan(
     from mirepro.launch import budget, spread
 
     chosen = profiles.load(profiles.find_root(), profile)
+    if bank_rows is not None and gpu_rate is not None:
+        raise UserError("--gpu-rate: says nothing about --bank-rows; leave one of them out")
     if bank_rows is None:
         print("\n".join(budget.lines(chosen, gpu_rate)))
     else:

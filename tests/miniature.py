@@ -33,7 +33,7 @@ def pretrain(run: RunParams, data_folder, work, out, fingerprint):
     "transfer/evaluate.py": """
 from mirepro.params import EvaluateParams
 
-def evaluate(run, row, seed, params: EvaluateParams, pretrained, data_folder, out):
+def evaluate(run, row, seed, params: EvaluateParams, pretrained, data_folder, work, out, fingerprint):
     (out / "test.json").write_text((pretrained / "encoder.safetensors").read_text())
     return {"run": run}
 """,

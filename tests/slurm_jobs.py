@@ -61,14 +61,14 @@ def train(work: Path, data: Path) -> None:
         finish(work)
 
 
-def linger(work: Path, data: Path, often: bool) -> None:
+def linger(work: Path, data: Path, often: bool, shards: int = 1) -> None:
     """A small run that takes its time unless it resumes; its first steps are noted.
 
     Checkpoints come every second step if `often`, else only where the job is told to stop.
     """
     import math
 
-    from mirepro import checkpoint, pretrain
+    from mirepro import checkpoint, pretrain, ranks
     from tests.test_pretrain import run
 
     class Slow(pretrain.Trainer):
@@ -87,5 +87,6 @@ def linger(work: Path, data: Path, often: bool) -> None:
     checkpoint.BETWEEN_SECONDS = checkpoint.WITHIN_SECONDS
     for name in ("state", "out"):
         (work / name).mkdir(parents=True, exist_ok=True)
-    pretrain.pretrain(run("la"), Path(data), work / "state", work / "out", "f")
-    finish(work)
+    pretrain.pretrain(run("la", shards=shards), Path(data), work / "state", work / "out", "f")
+    if ranks.leads():
+        finish(work)

@@ -9,6 +9,7 @@ import torch
 from mirepro import checkpoint, rng, views
 from mirepro.data import shards
 from mirepro.data.images import Images
+from mirepro.notice import NOTICE
 from mirepro.params import EvaluateParams, LinearParams, ViewParams
 from mirepro.transfer import author
 from tests.test_pretrain import data
@@ -93,6 +94,27 @@ def test_an_interrupted_training_goes_on_at_its_step_to_the_same_bits(step, data
         training(data).train(tmp_path / "b", "f")
     assert equal(weights(training(data).train(tmp_path / "b", "f")), whole)
     assert [number for number in taken if number > 0] == list(range(1, 10)), "no step is taken twice"
+
+
+def test_a_training_that_is_told_to_stop_leaves_a_checkpoint_at_once(data, tmp_path, monkeypatch):
+    """The notice comes in the middle of a step."""
+    taken, take = [], author.Author._take
+
+    def stop():
+        raise KeyboardInterrupt
+
+    def warned(self, index):
+        if taken == [1, 2, 3, 4]:
+            NOTICE.give(stop, 300.0)
+        take(self, index)
+        taken.append(self.step)
+
+    monkeypatch.setattr(author.Author, "_take", warned)
+    with pytest.raises(KeyboardInterrupt):
+        training(data).train(tmp_path, "f")
+    assert taken == [1, 2, 3, 4, 5]
+    training(data).train(tmp_path, "f")
+    assert taken == list(range(1, 10)), "no step is taken twice"
 
 
 def test_control_a_layer_that_forgets_its_momentum_differs(data, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import torch
 from mirepro import checkpoint, data, encoders
 from mirepro.data import shards
 from mirepro.errors import UserError
+from mirepro.notice import NOTICE
 from mirepro.params import DetectParams, EncoderParams, HeadParams
 from mirepro.transfer import coco_eval, detection, detection_data, detection_model, sampling, voc_eval
 from mirepro.transfer.coco_eval import Prediction
@@ -342,6 +343,32 @@ def test_interrupted_stage_goes_on_at_its_step_to_the_same_bits(
     assert len(taken) == 2 * total + damaged, "no step is taken twice, but for one where a checkpoint was damaged"
     assert resumed == whole
     assert (tmp_path / "a/out/detections.json").read_bytes() == (tmp_path / "b/out/detections.json").read_bytes()
+
+
+@pytest.mark.parametrize("step", [2, 4, 8])
+def test_a_stage_that_is_told_to_stop_leaves_a_checkpoint_at_once(
+    step: int, pretrained: Path, scenes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step of a variant, of a longer one, of a frozen trunk; the notice comes in its middle."""
+    taken: list[int] = []
+    tells, descend = [step], Training._descend
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    def warned(training: Training, loss: torch.Tensor) -> None:
+        if tells == [len(taken)]:
+            tells.clear()
+            NOTICE.give(stop, 300.0)
+        taken.append(training.step)
+        descend(training, loss)
+
+    monkeypatch.setattr(Training, "_descend", warned)
+    with pytest.raises(KeyboardInterrupt):
+        _run("mask", pretrained, scenes_folder, tmp_path / "a" / "out")
+    assert len(taken) == step + 1
+    _run("mask", pretrained, scenes_folder, tmp_path / "a" / "out")
+    assert taken == [0, 1, 0, 1, 0, 1, 2, 3, 0, 1], "no step is taken twice"
 
 
 def test_control_a_step_that_forgets_its_moments_differs(

@@ -1,6 +1,7 @@
 """Site files, commands about jobs, and jobs of this machine that outlive the command."""
 
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from mirepro import execution, site, stages
 from mirepro.errors import UserError
 from mirepro.launch import commands, probe, scheduler, slurm
 from mirepro.launch.container import Container, enroot
-from mirepro.launch.launcher import uninterrupted
+from mirepro.launch.launcher import outcome, uninterrupted
 from mirepro.launch.ledger import Attempt, Entry, Status
 from mirepro.launch.scheduler import Local, Request
 from mirepro.launch.task import BARREN, Task
@@ -173,7 +174,7 @@ import os, signal, sys, time
 from pathlib import Path
 from mirepro.launch.task import Task
 from mirepro.notice import NOTICE
-heard, answers = (int(word) for word in sys.argv[1:])
+heard, answers, grace = (int(word) for word in sys.argv[1:])
 signal.signal(signal.SIGUSR2, lambda *_: sys.exit(9))  # as submitit's, which requeues and exits
 
 def call():
@@ -186,16 +187,27 @@ def call():
         NOTICE.answer()
     time.sleep(60)
 
-Task(call, Path("work"), 60.0, 0.2)()
+Task(call, Path("work"), 60.0, grace)()
 """
 
 
-@pytest.mark.parametrize(("heard", "answers", "said"), [(0, 0, ""), (1, 0, "goes on\n"), (1, 1, "goes on\n")])
-def test_a_job_that_is_told_to_stop_is_requeued(heard: int, answers: int, said: str, tmp_path: Path) -> None:
-    """At once where no training has begun, else with its checkpoint, or when patience is over."""
-    command = [sys.executable, "-c", TOLD, str(heard), str(answers)]
+@pytest.mark.parametrize(
+    ("heard", "answers", "grace", "said"), [(0, 0, 1000, ""), (1, 0, 4, "goes on\n"), (1, 1, 1000, "goes on\n")]
+)
+def test_a_job_that_is_told_to_stop_is_requeued(
+    heard: int, answers: int, grace: int, said: str, tmp_path: Path
+) -> None:
+    """At once where no training has begun, else with its checkpoint, or when patience, half the grace, is over."""
+    command = [sys.executable, "-c", TOLD, *map(str, (heard, answers, grace))]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=50, check=False)
     assert (done.returncode, done.stdout) == (9, said), done.stderr
+
+
+@pytest.mark.parametrize(("lost", "known"), [("rank 1: lost the other ranks (closed); ...", False), ("bad", True)])
+def test_a_rank_that_lost_the_others_is_no_refusal(lost: str, known: bool, tmp_path: Path) -> None:
+    """They may have been requeued; the control is what a rank refuses itself."""
+    (tmp_path / "7_1_result.pkl").write_bytes(pickle.dumps(("success", lost)))
+    assert (outcome(tmp_path, "7") is not None) == known
 
 
 def test_local_job_is_known_by_its_start_not_its_number_alone(tmp_path: Path) -> None:

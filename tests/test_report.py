@@ -190,6 +190,23 @@ def test_two_builds_are_byte_equal_and_other_numbers_are_not(root: Path) -> None
     assert changed["T2.json"] == first["T2.json"]
 
 
+def test_headlines_take_the_authors_protocol_where_the_other_was_not_measured(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The controls have only the other; the control of this test is the profile as it is."""
+    monkeypatch.setattr("mirepro.report.figures.dots", lambda name, label, rows: rows)
+    for column, protocol in (("linear_flat", "flattened"), ("linear_author_flat", "author protocol, flattened")):
+        (plot,) = exhibits.dots(root, "desk", LAYOUT)
+        assert f"top-1 ({protocol})" in plot["caption"]
+        assert "ir" in plot["svg"]
+        assert ("pixels" in plot["svg"]) == (column == "linear_flat")
+        tables.build(root, "desk", LAYOUT)
+        (card, *_) = page.best(table(root, "T1"), column, "Linear top-1")
+        assert card in page.cards({"T1": table(root, "T1")}, {"claims": []})
+        for path in (root / "metrics/desk/evaluate").iterdir():
+            set_cell(root, path.stem, "linear_flat", None)
+
+
 def test_a_profile_may_have_claims_of_its_own(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables.build(root, "desk", LAYOUT)
     assert "ring-ball" in verdicts(root)  # control: those of all profiles without their own

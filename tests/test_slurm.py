@@ -204,6 +204,19 @@ def test_a_signal_leaves_a_checkpoint(cluster: Cluster, data: Path, tmp_path: Pa
     assert bytes_of(bench.work / "out") == bytes_of(train(run("la"), data, tmp_path / "b"))
 
 
+def test_a_signal_to_two_ranks_requeues_both_with_a_checkpoint(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "a", slurm_jobs.linger, data, False, 2, nodes=2)
+    until(lambda: bench.handle.poll() or len(bench.runs()) == 2, 120, "both ranks")
+    time.sleep(1.0)
+    cluster.run("scancel", "--signal=USR2", bench.handle.job)
+    bench.wait()
+    jobs, steps = zip(*bench.runs(), strict=True)
+    assert len(set(jobs)) == 1, "resubmitted instead of requeued"
+    assert steps[:2] == ("0", "0")
+    assert steps[2] == steps[3] > "0"
+    assert bytes_of(bench.work / "out") == bytes_of(train(run("la", shards=2), data, tmp_path / "b"))
+
+
 @pytest.mark.parametrize("own", [{}, {"extra": "SlurmctldParameters=preempt_send_user_signal"}], indirect=True)
 def test_preemption(own: Cluster, tmp_path: Path) -> None:
     """Where a signal comes it is heeded, where none comes the job resumes from its own checkpoint."""

@@ -83,15 +83,16 @@ def detection(run: RunParams, model: str, params: DetectParams, sizes: Scenes) -
     others = {Variant(lr, params.long), Variant(lr, frozen=True)}
     trained = others | {Variant(each) for each in params.lrs}
     epochs = params.keypoint_epochs if model == "keypoint" else params.epochs
+    maps = 2 * sizes.train * 4 * each.values  # of both views; a frozen trunk's are kept where they fit
     seen = sum(
         epochs * variant.length * 3 * (each.learnt + each.trunk * (not variant.frozen))
-        + 3 * each.trunk * variant.frozen  # two views of every image, and the statistics of BatchNorm
+        # the statistics of BatchNorm, and both views of every image, or one at every step
+        + each.trunk * variant.frozen * (1 + (2 if maps <= stored.MEMORY else epochs * variant.length))
         for variant in trained
     )
     tested = len(others | {Variant(lr), Variant(params.fixed_lr)})  # at most: the chosen rate may be the fixed one
     tests = (each.trunk + each.tested) * (sizes.val * len(params.lrs) + sizes.test * tested)
     decoded = [3 * params.size**2 * count for count in (sizes.train, sizes.val, sizes.test)]
-    maps = 2 * sizes.train * 4 * each.values  # of both views; kept, and joined, where they fit
     held = sum(size for size in decoded if size <= stored.MEMORY) + 2 * maps * (maps <= stored.MEMORY)
     held += 16 * each.weights * len(trained) + params.batch * params.size**2 * (12 + 2 * OBJECTS * (model == "mask"))
     shown = SHOWN * params.detections * FIND

@@ -20,6 +20,7 @@ from mirepro.launch.task import Task, stamp
 from mirepro.site import Site
 
 FASTEST = 0.25  # seconds between the first looks
+ALONE = re.compile(r"rank \d+: lost the other ranks")  # see `mirepro.ranks`
 
 
 class JobFailed(Exception):
@@ -308,7 +309,8 @@ def _failure(path: Path) -> Failure | None:
     except (OSError, EOFError, pickle.UnpicklingError):
         return None
     if kind == "success":
-        return None if value is None else Failure(str(value), refused=True)
+        # A rank that lost the others says only that: what became of them stands elsewhere, a requeue perhaps.
+        return None if value is None or ALONE.match(str(value)) else Failure(str(value), refused=True)
     lines = str(value).strip().splitlines()
     if lines and "['scontrol', 'requeue'" in lines[-1]:
         return None  # refused where Slurm is requeueing a preempted job already: the scheduler's word counts

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+MOST = 16  # texts that a process remembers
 WORTH = 10_000  # characters of a text whose parsing takes longer than reading it
 
 
@@ -30,16 +31,19 @@ class Parsed:
         if mark not in self._known:
             kept = self._read(mark, path)
             self._known[mark] = kept if kept is not None else self.learn(text, path, self._parse(text, path))
-        return pickle.loads(self._known[mark])
+        data = pickle.loads(self._known[mark])
+        while len(self._known) > MOST:
+            del self._known[next(iter(self._known))]
+        return data
 
     def learn(self, text: str, path: str, data: Any) -> bytes:
         """Remembers what a text is parsed to; returns it pickled."""
-        mark = _mark(text)
-        self._known[mark] = pickle.dumps(data)
+        mark, known = _mark(text), pickle.dumps(data)
+        self._known[mark] = known
         if self._folder is not None and len(text) > WORTH:
             with suppress(TypeError, ValueError, OSError):  # dates and the like; a full disk
                 self._write(self._file(path), json.dumps([mark, data], allow_nan=False), data)
-        return self._known[mark]
+        return known
 
     def _write(self, file: Path, content: str, data: Any) -> None:
         if json.loads(content)[1] != data:

@@ -21,6 +21,8 @@ COMPANION = {"moco": 1, "moco_ring": 1, "simclr": 3}
 """Work on an image's second view, in units of one forward pass: keys are only looked at, twins are learnt from."""
 NUMBER = 14
 """Bytes of an image's number in a gallery, a line of its own."""
+COPIES = 6
+"""Of converged training features, in float32: plain, standardised, twice for float64, in their axes, with ones."""
 DEFAULT_SIDE = 256
 """Side of stored images whose shards are not here."""
 SIZES = {"imagenet": (1_271_167, 10_000, 50_000, 1000), "cifar10": (45_000, 5000, 10_000, 10),
@@ -139,7 +141,8 @@ def evaluation(run: RunParams, params_: EvaluateParams, sizes: Data) -> Work:
     decoded = [3 * sizes.side**2 * count for count in (sizes.train, sizes.val, sizes.test)]
     kept = sum(size for size in decoded if size <= stored.MEMORY)
     dim = run.pretrain.encoder.dim * len(_modalities(run))
-    held = converged * (3 * sizes.train + sizes.val) + (flat + pooled) * sizes.test + dim * (sizes.train + sizes.test)
+    held = converged * (COPIES * sizes.train + sizes.val) + (flat + pooled) * sizes.test
+    held += dim * (sizes.train + sizes.test)
     memory = kept + 4.0 * held + 4 * weights
     answers = sizes.test / 4 * (len(params_.k_nn) + 2 + len(linear.converged))  # a bit each, as hexadecimal digits
     gallery = 2 * NUMBER * params_.anchors * params_.gallery

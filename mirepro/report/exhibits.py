@@ -92,7 +92,7 @@ def dots(root: Path, profile: str, layout: Mapping[str, Any]) -> list[Exhibit]:
     """The dot plot of T1's primary column."""
     records = metrics.records(root, profile, layout, "T1")
     measured = {column: _measured(records, column) for column in metrics.PRIMARY}
-    column = next((column for column, rows in measured.items() if rows), None)
+    column = next((column for column, rows in measured.items() if rows.keys() - set(metrics.CONTROLS)), None)
     if column is None:
         return []
     protocol = text.NAMES[column].removeprefix("linear, ")

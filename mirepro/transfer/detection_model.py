@@ -81,7 +81,7 @@ class Backbone(nn.Module):
 
 
 class Detector(nn.Module):
-    """Losses and predictions of a torchvision R-CNN from the maps of the trunk (which a frozen trunk computes once)."""
+    """Losses and predictions of a torchvision R-CNN from the maps of the trunk (a frozen one's may be kept)."""
 
     def __init__(self, rcnn: FasterRCNN, size: int) -> None:
         super().__init__()
