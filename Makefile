@@ -47,9 +47,10 @@ lint: $(VENV)/packages.stamp  ## ruff and mypy
 bench: setup  ## speed of the compiled operators against torch and faiss
 	@$(BIN)/python -m benchmarks.bank
 
-lock:  ## resolve requirements.lock anew (needs uv)
-	uv pip compile pyproject.toml --extra dev --generate-hashes --no-annotate --python-version 3.11 \
-	  --custom-compile-command "make lock" --output-file requirements.lock
+LOCK := uv pip compile --generate-hashes --no-annotate --python-version 3.11 --custom-compile-command "make lock"
+lock:  ## resolve requirements.lock and containers/describe.lock anew (needs uv)
+	$(LOCK) pyproject.toml --extra dev --output-file requirements.lock
+	echo cyclonedx-bom | $(LOCK) - --output-file containers/describe.lock
 
 $(BIN)/python:
 	@$(call need,test -n "$(PYTHON)",Python 3.11 or 3.12 not found; apt-get install python3 python3-venv)

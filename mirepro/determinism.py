@@ -134,6 +134,27 @@ def configure_torch(tier: str, threads: int) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def check_device(key: str, name: str, tier: str, here: bool = True) -> None:
+    """Refuses a device that a stage cannot compute on.
+
+    Args:
+        key: The parameter that names it, for messages.
+        name: Its value.
+        tier: The profile's.
+        here: Whether this process is to compute there; else its GPU may be elsewhere.
+
+    Raises:
+        UserError: Unknown device, none here, or tier portable, which is the CPU's.
+    """
+    if name not in ("cpu", "cuda") or (name == "cuda" and tier == "portable"):
+        raise UserError(f"{key}: {name!r} is impossible in tier {tier}; use cpu, or cuda in tier exact")
+    if here and name == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(f"{key}: torch finds no CUDA device here; use cpu, or another machine")
+
+
 def key(tier: str, threads: int) -> dict[str, Any]:
     """What results depend on beside parameters, data and code: equal keys promise equal bits (not in tier fast)."""
     import importlib.metadata

@@ -157,9 +157,10 @@ class DetectParams:
     the second level. `heatmap` enlarges the keypoint head's maps after their deconvolution. `oks_sigma` holds for every
     keypoint (null: the data's own, as for COCO); `sensitivity` are factors of it at which keypoint AP is stated too.
     `repeat_threshold` is the share of training images below which those with a category are repeated (repeat-factor
-    sampling; .001 for LVIS, 0 repeats none).
+    sampling; .001 for LVIS, 0 repeats none). `device` is cpu, or cuda (tiers exact and fast).
     """
 
+    device: str = "cpu"
     size: int = 64
     batch: int = 8
     epochs: int = 3

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from mirepro import files, params
+from mirepro import determinism, files, params
 from mirepro.errors import UserError
 from mirepro.profiles import Profile
 
@@ -68,5 +68,7 @@ def _transfer(profile: Profile) -> None:
 
     evaluate.check(profile.build(params.EvaluateParams, "evaluate"))
     for model, data in sorted({(entry.model, entry.data) for entry in profile.detect_runs.values()}):
-        detection.check(model, profile.recipe(data))
+        recipe = profile.recipe(data)
+        detection.check(model, recipe)
+        determinism.check_device("detect.device", recipe.device, profile.tier, here=False)
     toy.check(profile.build(params.ToyParams, "toy"))

@@ -110,6 +110,7 @@ def detect(profile: Profile, name: str) -> Job:
     def compute(work: Path, out: Path, fingerprint: str) -> dict[str, Any]:
         from mirepro.transfer.detection import detect
 
+        determinism.check_device("detect.device", values.device, profile.tier)
         names, root = (entry.run, entry.row, entry.seed, entry.model), profile.root
         return detect(*names, values, root / pretrained, root / folder, work, out, fingerprint)
 

@@ -1,25 +1,20 @@
-"""Images in real engines: through a registry, signed, in docker, and the project's own image built and tried."""
+"""Small images in real engines: through a registry, signed, in docker."""
 
 import hashlib
 import json
 import os
-import platform
 import shutil
 import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-import yaml
-from audited import Project, commit
-from cluster import until
+from engines import docker, send
 from registries import serve
-from test_containers import REQUIRED, build, git, need
+from test_containers import build, need
 
-from mirepro.audit import images
+__all__ = ["docker"]
 
 
 @pytest.fixture
@@ -60,12 +55,6 @@ class Trust:
         loopback = ["--src-tls-verify=false", "--dest-tls-verify=false"]
         result = subprocess.run([*command, *loopback, *arguments], capture_output=True, text=True, env=self.env)
         return result.stderr if result.returncode else ""
-
-
-def send(layout: str, target: str) -> None:
-    """Copies an OCI layout into a registry as it is, so that its digest stays."""
-    copy = ["skopeo", "--insecure-policy", "copy", "-q", "--preserve-digests", "--dest-tls-verify=false"]
-    subprocess.run([*copy, f"oci:{layout}", f"docker://{target}"], check=True)
 
 
 def push(address: str, folder: Path) -> str:
@@ -124,44 +113,13 @@ def trade(address: str, blobs: Path, digest: str, publisher: Trust, stranger: Tr
     assert "did not match" in publisher.copy(image, f"dir:{tmp_path}/flipped").lower()
 
 
-@pytest.fixture
-def docker() -> Iterator[Callable[..., str]]:
-    """docker's command line with a dockerd of its own, which ends with the test; root only."""
-    need("dockerd", "docker", "g++")
-    if os.geteuid() != 0:
-        pytest.skip("dockerd needs root")
-    folder = Path(tempfile.mkdtemp(prefix="docker-"))  # pytest's folders are too long for the names of its sockets
-    address, pid = f"unix://{folder}/socket", folder / "pid"
-    limits = [word for name in ("nofile=4096:4096", "nproc=30000:30000") for word in ("--default-ulimit", name)]
-    where = [f"--data-root={folder}/root", f"--exec-root={folder}/exec", f"--pidfile={pid}", "-H", address]
-    quiet = ["--iptables=false", "--ip6tables=false", "--bridge=none", "--storage-driver=overlay2"]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(["dockerd", *where, *quiet, *limits], stdout=log, stderr=log)
-
-    def call(*words: str, code: int = 0) -> str:
-        env = os.environ | {"DOCKER_HOST": address, "DOCKER_BUILDKIT": "0", "DOCKER_CONFIG": str(folder)}
-        done = subprocess.run(["docker", *words], env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == code, done.stderr + (folder / "log").read_text()[-2000:]
-        return done.stdout.strip() if code == 0 else done.stderr.strip()
-
-    try:
-        until(lambda: (folder / "socket").exists() or server.poll() is not None, 120, "dockerd")
-        yield call
-    finally:
-        server.terminate()
-        try:
-            server.wait(120)
-        except subprocess.TimeoutExpired:
-            server.kill()
-        shutil.rmtree(folder)
-
-
 @pytest.mark.slow
 @pytest.mark.infra
 def test_docker_builds_runs_and_pulls_by_digest(
     docker: Callable[..., str], registry: tuple[str, Path], tmp_path: Path
 ) -> None:
     """What docker built comes back by its digest and runs; what podman pushed has the same digest for docker."""
+    need("g++")
     address, _ = registry
     folder = tmp_path / "seven"
     folder.mkdir()
@@ -181,102 +139,3 @@ def test_docker_builds_runs_and_pulls_by_digest(
     docker("pull", "-q", f"{address}/tiny@{digest}")
     assert digest in docker("image", "inspect", "--format", "{{.RepoDigests}}", f"{address}/tiny@{digest}")
     assert "not found" in docker("pull", "-q", f"{address}/tiny@sha256:{'0' * 64}", code=1)
-
-
-class Engine:
-    """Podman with a store of its own, and the image it tries.
-
-    Args:
-        store: The store's folder.
-        image: The image's name.
-    """
-
-    def __init__(self, store: Path, image: str) -> None:
-        self.store, self.image, self.environment = store, image, build.engine(store)
-
-    def __call__(self, *words: str, code: int = 0) -> str:
-        done = subprocess.run(["podman", *words], capture_output=True, text=True, env=self.environment, check=False)
-        assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
-        return done.stdout.strip()
-
-    def run(self, *words: str, entry: str = "", code: int = 0) -> str:
-        """A command in the image as the documentation runs it."""
-        entrypoint = [f"--entrypoint={entry}"] if entry else []
-        return self("run", "--rm", "--read-only", "--network=none", *entrypoint, self.image, *words, code=code)
-
-
-def pulled(made: Path, address: str, folder: Path) -> Engine:
-    """The image that a store's lock names, sent to a registry and fetched from there by that digest."""
-    digest = yaml.safe_load((made / "images.lock.yaml").read_text())["images"]["cpu"]["digest"]
-    send(f"{made}/cpu/{build.LAYOUT}:cpu", f"{address}/mirepro:cpu")
-    build.drop(made / "cpu")
-    engine = Engine(folder, f"{address}/mirepro@{digest}")
-    engine("pull", "-q", "--tls-verify=false", engine.image)
-    engine("pull", "-q", "--tls-verify=false", f"{address}/mirepro@sha256:{'0' * 64}", code=125)
-    return engine
-
-
-def is_sealed(engine: Engine, checkout: Path) -> None:
-    """What the documentation promises about the image: who runs, what is there, what can be written, its labels."""
-    engine.run("env")
-    assert engine.run("-u", entry="id") == "65532"
-    assert engine.run("-c", "command -v g++ cc gcc make; true", entry="sh") == ""
-    assert engine.run("-c", "command -v git", entry="sh") == "/usr/bin/git"  # control
-    engine.run("/opt/mirepro/x", entry="touch", code=1)
-    engine.run("/tmp/x", entry="touch")
-    labels = json.loads(engine("image", "inspect", "--format", "{{json .Labels}}", engine.image))
-    assert labels["org.opencontainers.image.revision"] == images.tree(checkout)
-    assert labels["org.opencontainers.image.version"] in (checkout / "pyproject.toml").read_text()
-    host = [platform.node(), str(Path.home()), str(checkout)]
-    history = engine("history", "--no-trunc", "--format", "json", engine.image)
-    assert not [name for name in host if len(name) > 5 and name in history]
-    command = ("--health-cmd", "mirepro env", "--health-interval=disable")
-    sleeping = engine("run", "-d", "--network=none", *command, "--entrypoint=sleep", engine.image, "600")
-    engine("healthcheck", "run", sleeping)
-    engine("rm", "-f", "-t", "0", sleeping)
-
-
-@pytest.mark.slow
-@pytest.mark.infra
-@pytest.mark.timeout(3600)
-@pytest.mark.skipif(not REQUIRED, reason="builds a whole image; MIREPRO_REQUIRE_INFRA=1 wants it")
-def test_image_of_a_result_audits_it_from_a_registry(
-    registry: tuple[str, Path], project: Project, root: Path, tmp_path: Path
-) -> None:
-    """From the base on, with the real packages and a small result; pulled by the digest of its lock; no network."""
-    need("mmdebstrap")
-    checkout = tmp_path / "checkout"
-    git(tmp_path, "clone", "-q", str(root), str(checkout))
-    for name in ("metrics", "tables", "reports", "locks", "data"):
-        shutil.rmtree(checkout / name)
-    shutil.copytree(project.root, checkout, ignore=shutil.ignore_patterns(".git", "mirepro"), dirs_exist_ok=True)
-    commit(checkout)
-    words = ("--base", "mmdebstrap", "--store", tmp_path / "made")
-    subprocess.run([sys.executable, checkout / "containers/build", *words], check=True)
-    engine = pulled(tmp_path / "made", registry[0], tmp_path / "store")
-    try:
-        is_sealed(engine, checkout)
-        assert "REPRODUCED" in engine.run("audit", "--level", "1")
-    finally:
-        build.drop(engine.store)
-
-
-@pytest.mark.full
-@pytest.mark.infra
-@pytest.mark.timeout(7200)
-def test_image_builds_equal_and_audits_the_desk_profile(registry: tuple[str, Path], root: Path, tmp_path: Path) -> None:
-    """Twice from nothing, 30 GB of disk; SBOM and provenance; level 2 from the pulled image."""
-    need("mmdebstrap")
-    made = tmp_path / "made"
-    words = ("--base", "mmdebstrap", "--twice", "--store", made)
-    said = subprocess.run([sys.executable, root / "containers/build", *words], check=True, stdout=subprocess.PIPE)
-    assert b"inputs and digest" in said.stdout
-    subprocess.run([sys.executable, root / "containers/describe", made], check=True)
-    listed = {one["name"] for one in json.loads((made / "sbom.cpu.cdx.json").read_text())["components"]}
-    assert {"torch", "numpy", "libc6:amd64", "git"} <= listed
-    engine = pulled(made, registry[0], tmp_path / "store")
-    try:
-        is_sealed(engine, root)
-        assert "REPRODUCED" in engine.run("audit", "--level", "2", "--jobs", str(os.cpu_count()))
-    finally:
-        build.drop(engine.store)

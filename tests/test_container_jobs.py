@@ -18,8 +18,8 @@ import slurm_jobs
 import yaml
 from cluster import Cluster, until
 from miniature import Miniature
+from slurm_bench import HERE, Bench, cluster, living
 from test_containers import build, need
-from test_slurm import HERE, Bench, cluster, living
 
 from mirepro.launch import container
 from mirepro.launch.container import Container

@@ -278,6 +278,17 @@ def test_the_probe_waits_for_the_end_of_its_job(tmp_path: Path, monkeypatch: pyt
     assert not lingering.folder.exists()
 
 
+def test_the_probe_refuses_a_section_without_the_gpus_that_a_profile_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "create", lambda place: Lingering())
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/here.toml").write_text("executor = 'local'\n[pretrain]\ngpus = 1\n")
+    with pytest.raises(UserError, match=r"here: gpus: detect asks for none, but detect\.device is cuda .* tasks \(1\)"):
+        list(probe.probe(tmp_path, "here", on_gpus=("pretrain", "detect")))
+    assert list(probe.probe(tmp_path, "here", on_gpus=("pretrain",))), "control"
+
+
 @pytest.fixture
 def miniature(root: Path, tmp_path: Path) -> Miniature:
     """A miniature whose jobs run on this machine."""

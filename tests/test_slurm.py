@@ -6,70 +6,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import slurm_jobs
 import yaml
-from cluster import Cluster, missing, until, working
+from cluster import Cluster, until
 from miniature import Miniature
+from slurm_bench import HERE, Bench, cluster, living, own, tidy
 
 from mirepro import checkpoint
 from mirepro.errors import UserError
 from mirepro.launch import slurm
-from mirepro.launch.launcher import JobFailed, Launcher, Ticket
-from mirepro.launch.ledger import Attempt
-from mirepro.site import Section, Site
+from mirepro.launch.launcher import JobFailed
 from tests.test_pretrain import bytes_of, data, run, train
 
-__all__ = ["data"]
+__all__ = ["cluster", "data", "own", "tidy"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.infra]
-HERE = Path(__file__).resolve().parent
-
-
-def start(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Iterator[Cluster]:
-    """A running cluster; its commands, and its jobs' imports, work in this process's environment.
-
-    Skips where Slurm is missing, unless MIREPRO_REQUIRE_INFRA=1.
-    """
-    lacking = missing(options.get("accounts", False))
-    if os.geteuid() != 0:
-        lacking.append("root")
-    if lacking:
-        reason = f"needs {', '.join(lacking)} (apt-get install slurm-wlm slurmdbd munge mariadb-server)"
-        pytest.fail(reason) if os.environ.get("MIREPRO_REQUIRE_INFRA") == "1" else pytest.skip(reason)
-    cluster = Cluster(folder, **options)
-    for name, value in cluster.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYTHONPATH", f"{HERE.parent}{os.pathsep}{HERE}")
-    monkeypatch.setattr(slurm, "PATIENCE", 120.0)
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """The cluster that most tests share: no accounts."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        yield from start(tmp_path_factory.mktemp("slurm"), monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def tidy(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After a test on the shared cluster no job is left, and no node is drained."""
-    yield
-    if "cluster" in request.fixturenames:
-        shared: Cluster = request.getfixturevalue("cluster")
-        until(lambda: not shared.run("squeue", "--noheader"), 120, "an empty queue")
-        until(lambda: shared.run("sinfo", "-h", "-o", "%T", "-p", "main") == "idle", 120, "idle nodes")
 
 
 def test_the_shared_cluster_would_show_a_drained_node(cluster: Cluster) -> None:
@@ -77,53 +32,6 @@ def test_the_shared_cluster_would_show_a_drained_node(cluster: Cluster) -> None:
     cluster.run("scontrol", "update", "nodename=n1", "state=drain", "reason=test")
     assert cluster.run("sinfo", "-h", "-o", "%T", "-p", "main") != "idle"
     cluster.run("scontrol", "update", "nodename=n1", "state=resume")
-
-
-@pytest.fixture
-def own(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A cluster that a test may harm; its options come from `indirect` parameters."""
-    yield from start(tmp_path / "slurm", monkeypatch, **getattr(request, "param", {}))
-
-
-class Bench:
-    """Launches one computation in a folder of its own."""
-
-    def __init__(self, root: Path, call: Callable[..., None], *arguments: Any, **section: Any) -> None:
-        self.root, self.work = root, root / ".mirepro" / "work" / "f"
-        self.work.mkdir(parents=True, exist_ok=True)
-        values = {"time": 30, "grace": 60} | section
-        self.site = Site("test", poll=0.5, settle=2.0, retries=2, sections={"pretrain": Section(**values)})
-        self.ticket = Ticket("pretrain@a", "pretrain", "f", self.work, partial(call, self.work, *arguments), 1)
-        self.launcher = Launcher(root, self.site)
-        self.handle = self.launcher.start(self.ticket)
-
-    def wait(self, seconds: float = 300) -> None:
-        """Until the result stands."""
-        until(self.handle.poll, seconds, "result")
-
-    def running(self, seconds: float = 120) -> None:
-        """Until the job has begun to compute."""
-        until(lambda: self.handle.poll() or self.runs(), seconds, "start")
-
-    def checkpointed(self, seconds: float = 120) -> None:
-        """Until the computation has left a checkpoint."""
-        until(lambda: self.handle.poll() or (self.work / "state" / "step").exists(), seconds, "checkpoint")
-
-    def runs(self) -> list[list[str]]:
-        """Job id and first step of every run of the computation."""
-        path = self.work / "runs"
-        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-
-    def attempts(self) -> list[Attempt]:
-        """What the ledger knows."""
-        entry = self.launcher.ledger.read("f")
-        assert entry is not None
-        return entry.attempts
-
-
-def living(bench: Bench) -> list[str]:
-    """Processes that compute in the bench's folder."""
-    return working(bench.root)
 
 
 def test_result(cluster: Cluster, tmp_path: Path) -> None:
@@ -283,8 +191,8 @@ HEAD = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
-import slurm_jobs, test_slurm
-bench = test_slurm.Bench(Path(sys.argv[3]), getattr(slurm_jobs, sys.argv[4]))
+import slurm_bench, slurm_jobs
+bench = slurm_bench.Bench(Path(sys.argv[3]), getattr(slurm_jobs, sys.argv[4]))
 bench.launcher.run(bench.ticket)
 """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from miniature import Miniature
-from test_slurm import cluster, own, tidy
+from slurm_bench import cluster, own, tidy
 
 from mirepro.errors import UserError
 from mirepro.launch.probe import probe

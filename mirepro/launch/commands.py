@@ -182,13 +182,15 @@ def prune(
 @launch_app.command()
 def check(
     name: Annotated[str, typer.Argument(metavar="SITE", help="local, slurm, or a file of launch/")],
-    profile: Annotated[str, typer.Option("--profile", help="whose `threads` are a task's cores")] = "desk",
+    profile: Annotated[str, typer.Option("--profile", help="whose threads and devices count")] = "desk",
 ) -> None:
     """Ask the cluster for every section of a site file, and run a short job of each."""
-    from mirepro import site
+    from mirepro import site, stages
     from mirepro.launch.probe import probe
 
     os.environ[site.VARIABLE] = name
     root = profiles.find_root()
-    for line in probe(root, name, profiles.load(root, profile).threads):
+    chosen = profiles.load(root, profile)
+    on_gpus = [kind for kind in stages.JOBS if (chosen.values.get(kind) or {}).get("device") == "cuda"]
+    for line in probe(root, name, chosen.threads, on_gpus):
         print(line, flush=True)

@@ -32,7 +32,8 @@ RESULTS = ("metrics", "runs", "tables", "reports")  # folders into which DVC cop
 
 
 def main() -> None:
-    """DVC's command line."""
+    """DVC's command line, after whatever computes: it only collects, and nothing waits for that but the end."""
+    os.nice(10)
     from dvc.cli import main as dvc
 
     make_atomic()

@@ -5,7 +5,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -40,18 +40,23 @@ class Probe:
         files.write_json(self.folder / f"report-{ranks.identity()[0]}.json", {"node": node})
 
 
-def probe(root: Path, name: str, threads: int = 1) -> Iterator[str]:
+def probe(root: Path, name: str, threads: int = 1, on_gpus: Collection[str] = ()) -> Iterator[str]:
     """Checks a site; yields a line for everything that is right.
 
     Args:
         root: The repository's root.
         name: The site's name.
         threads: Cores of a task, where a section names none.
+        on_gpus: Classes of stages that compute on GPUs.
 
     Raises:
         UserError: The site file is wrong, the cluster refuses what it asks for, or the job does not come back.
     """
     place = site.load(root, name, stages.JOBS)
+    for kind in on_gpus:
+        if not place.section(kind).gpus:
+            remedy = f"set gpus to the section's tasks ({place.section(kind).tasks}), or {kind}.device to cpu"
+            raise UserError(f"{name}: gpus: {kind} asks for none, but {kind}.device is cuda in this profile; {remedy}")
     scheduler = create(place)
     try:
         yield f"{name}: {place.executor} on {scheduler.cluster()}"

@@ -55,11 +55,12 @@ def predict(detector: Detector, scenes: Scenes, batch: int) -> list[Prediction]:
     set_mode(detector, False, True)
     found: list[Prediction] = []
     for index in scenes.batches(batch):
-        found += map(_prediction, detector.predict(detector.backbone.maps(scenes.pictures(index))))
+        found += map(_prediction, detector.predict(detector.maps(scenes.pictures(index))))
     return found
 
 
-def _prediction(item: dict[str, Tensor]) -> Prediction:
+def _prediction(found: dict[str, Tensor]) -> Prediction:
+    item = {name: value.cpu() for name, value in found.items()}
     boxes = item["boxes"].double().numpy()
     boxes[:, 2:] -= boxes[:, :2]
     masks = [coco_eval.encode(mask[0]) for mask in (item["masks"] >= 0.5).numpy()] if "masks" in item else None
@@ -108,7 +109,7 @@ class Bench:
         Raises:
             UserError: What is there belongs to another run or variant.
         """
-        training = Training(self.fresh(), self.scenes, variant, self.params, self.seed)
+        training = Training(self.fresh().to(self.params.device), self.scenes, variant, self.params, self.seed)
         folder, mark = self.work / variant.name, f"{self.fingerprint[:12]} {variant.name}"
         training.resume(checkpoint.load(folder, mark))
         clock, batch = checkpoint.Clock(), self.params.batch

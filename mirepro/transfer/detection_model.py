@@ -94,6 +94,15 @@ class Detector(nn.Module):
         assert isinstance(backbone, Backbone)
         return backbone
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """RGB in [0, 1] `(B, 3, S, S)` on any device -> the trunk's maps that the FPN uses."""
+        return self.backbone.maps(images.to(self.device))
+
     def _images(self, maps: Sequence[Tensor]) -> ImageList:
         n = len(maps[0])
         return ImageList(maps[0].new_zeros(n, 3, self.size, self.size), [(self.size, self.size)] * n)
@@ -188,9 +197,7 @@ def initialise(detector: Detector, seed: int) -> None:
     """
     number = 1 << 20  # apart from the encoder's tensors
     for name, module in detector.named_modules():
-        if name.startswith("rcnn.backbone.trunk") or not isinstance(
-            module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d
-        ):
+        if name.startswith("rcnn.backbone.trunk") or not isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
             continue
         number += 1
         weight, last = module.weight, name.rsplit(".", 1)[-1] in PREDICTORS

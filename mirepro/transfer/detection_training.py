@@ -51,7 +51,7 @@ def calibrate(detector: Detector, scenes: Scenes, batch: int) -> None:
         norm.momentum = None
     detector.backbone.trunk.train()
     for index in scenes.batches(batch):
-        detector.backbone.maps(scenes.pictures(index))
+        detector.maps(scenes.pictures(index))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
@@ -80,7 +80,7 @@ class Feed:
 
     def _compute(self, index: Tensor, mirrored: Tensor) -> list[Tensor]:
         with torch.set_grad_enabled(not self.frozen):
-            return self.detector.backbone.maps(self.scenes.pictures(index, mirrored))
+            return self.detector.maps(self.scenes.pictures(index, mirrored))
 
     def maps(self, index: Tensor, mirrored: Tensor) -> list[Tensor]:
         """Images `(B,)` int64 and whether each is mirrored `(B,)` bool -> the maps that the FPN uses."""
@@ -138,7 +138,8 @@ class Training:
     def _loss(self, feed: Feed, index: Tensor, mirrored: Tensor) -> Tensor:
         torch.manual_seed(int(rng.words(self.seed, rng.Stream.TRANSFER, self.step, [_SAMPLING], 1)[0, 0]))
         chosen = zip(index.tolist(), mirrored.tolist(), strict=True)
-        targets = [self.scenes.target(image, mirror) for image, mirror in chosen]
+        drawn = [self.scenes.target(image, mirror) for image, mirror in chosen]
+        targets = [{name: value.to(self.detector.device) for name, value in target.items()} for target in drawn]
         loss = torch.stack(list(self.detector.losses(feed.maps(index, mirrored), targets).values())).sum()
         if not torch.isfinite(loss):
             where = f"the loss is {loss.item()} at step {self.step} with lr {self.variant.lr}"
@@ -173,5 +174,5 @@ class Training:
                 i, _, key = rest.partition(".")
                 weight = self._weights[int(i)]
                 # In the weight's memory layout, which the fused step takes both to have.
-                like = torch.zeros_like(weight, requires_grad=False) if value.dim() else torch.zeros_like(value)
+                like = torch.zeros_like(weight, requires_grad=False) if value.dim() else weight.new_zeros(())
                 self._optimiser.state[weight][key] = like.copy_(value)

@@ -1,0 +1,195 @@
+"""The project's own image, built from its base with the real packages, as docs/containers.md has its users run it.
+
+With a small result it is built once for all tests here; `make test-slow` builds the desk profile's twice.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from audited import Project, commit
+from cluster import Cluster
+from engines import Podman, docker, send
+from registries import serve
+from slurm_bench import cluster
+from test_containers import REQUIRED, build, git, need
+
+from mirepro.audit import images
+
+__all__ = ["cluster", "docker"]
+
+pytestmark = [pytest.mark.slow, pytest.mark.infra, pytest.mark.timeout(3600)]
+once = pytest.mark.skipif(not REQUIRED, reason="builds a whole image; MIREPRO_REQUIRE_INFRA=1 wants it")
+REPRODUCED = "REPRODUCED"
+
+
+@dataclass(frozen=True)
+class Built:
+    """An image with its description, pulled from a registry.
+
+    Attributes:
+        checkout: The commit that it was built from.
+        made: Folder of the build: lock, SBOM, provenance, and the image as the registry got it in `layout`.
+        podman: Has pulled it by the digest of its lock.
+    """
+
+    checkout: Path
+    made: Path
+    podman: Podman
+
+    @property
+    def digest(self) -> str:
+        """The digest that the lock names."""
+        return digest(self.made)
+
+
+def digest(made: Path) -> str:
+    """The image's digest by the lock of a build."""
+    return str(yaml.safe_load((made / "images.lock.yaml").read_text())["images"]["cpu"]["digest"])
+
+
+def pulled(checkout: Path, made: Path, address: str, folder: Path) -> Built:
+    """The image of a build, described, sent to a registry and fetched from there by its digest."""
+    subprocess.run([sys.executable, checkout / "containers/describe", made], check=True)
+    shutil.move(made / "cpu" / build.LAYOUT, made / "layout")
+    build.drop(made / "cpu")
+    send(f"{made}/layout:cpu", f"{address}/mirepro:cpu")
+    podman = Podman(folder, f"{address}/mirepro@{digest(made)}")
+    podman("pull", "-q", "--tls-verify=false", podman.image)
+    podman("pull", "-q", "--tls-verify=false", f"{address}/mirepro@sha256:{'0' * 64}", code=125)
+    return Built(checkout, made, podman)
+
+
+@pytest.fixture(scope="module")
+def built(project: Project, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
+    """From the base on, with the real packages and a small result."""
+    need("mmdebstrap", "podman", "skopeo", "docker-registry")
+    folder = tmp_path_factory.mktemp("image")
+    checkout, made = folder / "checkout", folder / "made"
+    git(folder, "clone", "-q", str(root), str(checkout))
+    for name in ("metrics", "tables", "reports", "locks", "data"):
+        shutil.rmtree(checkout / name)
+    shutil.copytree(project.root, checkout, ignore=shutil.ignore_patterns(".git", "mirepro"), dirs_exist_ok=True)
+    commit(checkout)
+    words = ("--base", "mmdebstrap", "--store", made)
+    subprocess.run([sys.executable, checkout / "containers/build", *words], check=True)
+    with serve(folder) as (address, _):
+        image = pulled(checkout, made, address, folder / "store")
+        yield image
+        build.drop(image.podman.store)
+
+
+def is_sealed(built: Built) -> None:
+    """What the documentation promises about the image: who runs, what is there, what can be written, its labels."""
+    podman = built.podman
+    podman.run("env")
+    assert podman.run("-u", entry="id") == "65532"
+    assert podman.run("-c", "command -v g++ cc gcc make; true", entry="sh") == ""
+    assert podman.run("-c", "command -v git", entry="sh") == "/usr/bin/git"  # control
+    podman.run("/opt/mirepro/x", entry="touch", code=1)
+    podman.run("/tmp/x", entry="touch")
+    labels = json.loads(podman("image", "inspect", "--format", "{{json .Labels}}", podman.image))
+    assert labels["org.opencontainers.image.revision"] == images.tree(built.checkout)
+    assert labels["org.opencontainers.image.version"] in (built.checkout / "pyproject.toml").read_text()
+    host = [platform.node(), str(Path.home()), str(built.checkout)]
+    history = podman("history", "--no-trunc", "--format", "json", podman.image)
+    assert not [name for name in host if len(name) > 5 and name in history]
+    command = ("--health-cmd", "mirepro env", "--health-interval=disable")
+    sleeping = podman("run", "-d", "--network=none", *command, "--entrypoint=sleep", podman.image, "600")
+    podman("healthcheck", "run", sleeping)
+    podman("rm", "-f", "-t", "0", sleeping)
+
+
+def is_described(built: Built) -> None:
+    """SBOM and provenance beside the image: what is in it, and only that; what it was made from."""
+    listed = json.loads((built.made / "sbom.cpu.cdx.json").read_text())["components"]
+    names = {one["name"] for one in listed}
+    assert {"torch", "numpy", "libc6:amd64", "git"} <= names
+    assert not {"pytest", "cyclonedx-bom", "g++"} & names  # of the build, of the tool that lists, of neither
+    statement = json.loads((built.made / "provenance.json").read_text())
+    assert statement["subject"] == [{"name": "cpu", "digest": {"sha256": built.digest.removeprefix("sha256:")}}]
+    inputs = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
+    assert images.tree(built.checkout) in [one["digest"]["sha256"] for one in inputs]
+
+
+@once
+def test_image_audits_its_result_from_a_registry(built: Built) -> None:
+    is_sealed(built)
+    is_described(built)
+    assert REPRODUCED in built.podman.run("audit", "--level", "1")
+
+
+@once
+def test_docker_pulls_it_by_digest_and_audits(built: Built, docker: Callable[..., str]) -> None:
+    """The line of the documentation, in a dockerd of its own, which knows health checks of its own format only."""
+    docker("pull", "-q", built.podman.image)
+    line = ("run", "--rm", "--read-only", "--network=none", "--tmpfs", "/tmp:exec", built.podman.image)
+    assert REPRODUCED in docker(*line, "audit", "--level", "1")
+
+
+@once
+def test_slurm_runs_it_by_podman_and_as_its_own_container(built: Built, cluster: Cluster, tmp_path: Path) -> None:
+    """The two lines of the documentation that need a Slurm and nothing that Debian lacks."""
+    need("umoci", "runc")
+    podman = built.podman
+    stores = [f"{name}={podman.environment[name]}" for name in ("CONTAINERS_STORAGE_CONF", "CONTAINERS_CONF")]
+    line = ("podman", "run", "--rm", "--network=none", podman.image, "audit", "--level", "1")
+    assert REPRODUCED in cluster.run("srun", "-N1", "env", *stores, *line)
+    bundle = tmp_path / "bundle"
+    subprocess.run(["umoci", "unpack", "--image", f"{built.made}/layout:cpu", bundle], check=True, capture_output=True)
+    line = ("srun", "--export=NONE", f"--container={bundle}", "/opt/venv/bin/mirepro")
+    assert REPRODUCED in cluster.run(*line, "audit", "--level", "1")
+
+
+@once
+def test_desk_stages_in_it_give_the_committed_lock(
+    built: Built, cluster: Cluster, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training and its evaluation as jobs of Slurm with the image's Python: lock and metrics are those in git."""
+    checkout, podman = tmp_path / "checkout", built.podman
+    git(tmp_path, "clone", "-q", str(root), str(checkout))
+    for extension in (root / "mirepro").glob("*.so"):
+        shutil.copy(extension, checkout / "mirepro")
+    (checkout / "launch/here.toml").write_text(f"poll = 0.5\n[all]\nimage = '{podman.image}'\nruntime = 'podman'\n")
+    for name in ("CONTAINERS_STORAGE_CONF", "CONTAINERS_CONF"):
+        monkeypatch.setenv(name, podman.environment[name])
+    monkeypatch.setenv("PYTHONPATH", str(checkout))
+    words = ("repro", "--launch", "here", "evaluate@ir-s0")
+    subprocess.run([sys.executable, "-m", "mirepro", *words], cwd=checkout, check=True)
+    logs = list((checkout / ".mirepro/jobs").glob("*/*/*_log.out"))
+    assert {path.parents[1].name.partition("@")[0] for path in logs} >= {"pretrain", "evaluate"}
+    changed = subprocess.run(["git", "diff", "--stat"], cwd=checkout, check=True, capture_output=True, text=True)
+    assert changed.stdout == ""
+
+
+ELSEWHERE = 'hostname elsewhere && umask 077 && exec "$@"'
+
+
+@pytest.mark.full
+@pytest.mark.timeout(7200)
+def test_image_builds_equal_and_audits_the_desk_profile(root: Path, tmp_path: Path) -> None:
+    """Twice from nothing, and from another clone under another host name and umask; 40 GB of disk; level 2."""
+    need("mmdebstrap", "podman", "skopeo", "docker-registry")
+    made, there, clone = tmp_path / "made", tmp_path / "there", tmp_path / "another" / "clone"
+    words = (sys.executable, "containers/build", "--base", "mmdebstrap")
+    subprocess.run([*words, "--twice", "--store", made], check=True, cwd=root)
+    clone.parent.mkdir()
+    git(tmp_path, "clone", "-q", str(root), str(clone), umask=0o077)
+    other = ("unshare", "--uts", "sh", "-c", ELSEWHERE, "sh", *words, "--artefacts", root, "--store", there)
+    subprocess.run(other, check=True, cwd=clone)
+    assert digest(there) == digest(made)
+    build.drop(there / "cpu")
+    with serve(tmp_path) as (address, _):
+        built = pulled(root, made, address, tmp_path / "store")
+        is_sealed(built)
+        is_described(built)
+        assert REPRODUCED in built.podman.run("audit", "--level", "2", "--jobs", str(os.cpu_count()))
+        build.drop(built.podman.store)

@@ -1,0 +1,77 @@
+"""Detection on a device: on tensors without values that claim to be on a GPU, and on a real one."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mirepro import checkpoint, determinism, encoders
+from mirepro.errors import UserError
+from mirepro.params import EncoderParams
+from mirepro.transfer import detection_model
+from mirepro.transfer.detection_training import Feed, Training, Variant
+from tests.test_detection import SIZE, TINY, FakeSplit, _load, _run, pretrained, scenes_folder
+
+__all__ = ["pretrained", "scenes_folder"]
+
+ENCODER = EncoderParams(width=8, stem="tiny", dim=8)
+
+
+@contextmanager
+def faked() -> Iterator[None]:
+    """Tensors without values: an operation on two devices is refused as a GPU would refuse it."""
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def test_a_detector_learns_where_it_is() -> None:
+    """Its maps, kept or not, and the optimiser's state after a resume."""
+    scenes = _load(FakeSplit(8, 0), "mask", SIZE)
+    with faked():
+        detector = detection_model.build(encoders.Ensemble(ENCODER), "mask", TINY, 2, 0).to("cuda")
+        for frozen in (False, True):
+            maps = Feed(detector, scenes, 8, frozen).maps(torch.arange(2), torch.tensor([True, False]))
+            assert {level.device.type for level in (*maps, *detector.backbone.fuse(maps).values())} == {"cuda"}
+        training = Training(detector, scenes, Variant(0.001), TINY, 0)
+        saved = {f"detector.{name}": value.cpu() for name, value in detector.state_dict().items()}
+        saved |= {"optimiser.0.step": torch.tensor(1.0), "optimiser.0.exp_avg": training._weights[0].detach().cpu()}
+        training.resume(checkpoint.Checkpoint(saved, {"step": 1}))
+        assert {value.device.type for value in training._optimiser.state[training._weights[0]].values()} == {"cuda"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_detector_on_a_gpu_repeats_its_bits(pretrained: Path, scenes_folder: Path, tmp_path: Path) -> None:
+    params = dataclasses.replace(TINY, device="cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [_run("mask", pretrained, scenes_folder, tmp_path / name / "out", params) for name in "ab"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert runs[0] == runs[1]
+    assert (tmp_path / "a/out/detections.json").read_bytes() == (tmp_path / "b/out/detections.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "tier", "said"), [("tpu", "exact", "'tpu'"), ("cuda", "portable", "impossible in tier portable")]
+)
+def test_impossible_devices_are_refused(name: str, tier: str, said: str) -> None:
+    for here in (True, False):
+        with pytest.raises(UserError, match=f"detect.device: .*{said}"):
+            determinism.check_device("detect.device", name, tier, here)
+        determinism.check_device("detect.device", "cpu", tier, here)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_a_device_that_is_not_here_is_refused_where_it_computes() -> None:
+    determinism.check_device("detect.device", "cuda", "exact", here=False)
+    with pytest.raises(UserError, match=r"detect\.device: torch finds no CUDA device here"):
+        determinism.check_device("detect.device", "cuda", "exact")
