@@ -1,8 +1,6 @@
 """Detection on a device: on tensors without values that claim to be on a GPU, and on a real one."""
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mirepro import checkpoint, determinism, encoders
 from mirepro.errors import UserError
 from mirepro.params import EncoderParams
-from mirepro.transfer import detection_model
+from mirepro.transfer import detection_model, detection_training
 from mirepro.transfer.detection_training import Feed, Training, Variant
 from tests.test_detection import SIZE, TINY, FakeSplit, _load, _run, pretrained, scenes_folder
 
@@ -21,25 +19,18 @@ __all__ = ["pretrained", "scenes_folder"]
 ENCODER = EncoderParams(width=8, stem="tiny", dim=8)
 
 
-@contextmanager
-def faked() -> Iterator[None]:
-    """Tensors without values: an operation on two devices is refused as a GPU would refuse it."""
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)
-
-
-def test_a_detector_learns_where_it_is() -> None:
-    """Its maps, kept or not, and the optimiser's state after a resume."""
+def test_a_detector_learns_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its maps, kept or not, and the optimiser's state after a resume; control: maps that are made elsewhere."""
+    monkeypatch.setattr(detection_training, "calibrate", lambda *_: None)  # counts its batches, a matter of values
     scenes = _load(FakeSplit(8, 0), "mask", SIZE)
-    with faked():
-        detector = detection_model.build(encoders.Ensemble(ENCODER), "mask", TINY, 2, 0).to("cuda")
+    with FakeTensorMode(allow_non_fake_inputs=True):  # an operation on two devices is refused as a GPU would refuse it
+        with torch.device("cuda"):
+            detector = detection_model.build(encoders.Ensemble(ENCODER), "mask", TINY, 2, 0)
         for frozen in (False, True):
             maps = Feed(detector, scenes, 8, frozen).maps(torch.arange(2), torch.tensor([True, False]))
             assert {level.device.type for level in (*maps, *detector.backbone.fuse(maps).values())} == {"cuda"}
+        with pytest.raises(RuntimeError, match="device"):
+            detector.backbone.maps(scenes.pictures(torch.arange(2)))
         training = Training(detector, scenes, Variant(0.001), TINY, 0)
         saved = {f"detector.{name}": value.cpu() for name, value in detector.state_dict().items()}
         saved |= {"optimiser.0.step": torch.tensor(1.0), "optimiser.0.exp_avg": training._weights[0].detach().cpu()}
