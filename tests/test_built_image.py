@@ -165,7 +165,7 @@ def test_desk_stages_in_it_give_the_committed_lock(
     words = ("repro", "--launch", "here", "evaluate@ir-s0")
     subprocess.run([sys.executable, "-m", "mirepro", *words], cwd=checkout, check=True)
     logs = list((checkout / ".mirepro/jobs").glob("*/*/*_log.out"))
-    assert {path.parents[1].name.partition("@")[0] for path in logs} >= {"pretrain", "evaluate"}
+    assert len(logs) == 2, "the training and its evaluation"
     changed = subprocess.run(["git", "diff", "--stat"], cwd=checkout, check=True, capture_output=True, text=True)
     assert changed.stdout == ""
 
