@@ -18,9 +18,9 @@ from mirepro.transfer import detection_data
 from tests.test_voc_lvis import devkit, source
 
 __all__ = ["devkit", "source"]
-SMALL = {"size": 48, "batch": 2, "epochs": 2, "anchors": [0.45], "canonical": 0.5, "fpn": 8, "box_hidden": 16,
-         "lrs": [0.001, 0.002], "fixed_lr": 0.001, "mask": {"pool": 6, "width": 8, "layers": 1}, "roi_samples": 16,
-         "proposals": 20, "proposals_before": 40, "rpn_samples": 16, "sets": {"voc": {"epochs": 3}}}  # fmt: skip
+SMALL = {"device": "cpu", "size": 48, "batch": 2, "epochs": 2, "anchors": [0.45], "canonical": 0.5, "fpn": 8,
+         "box_hidden": 16, "lrs": [0.001, 0.002], "fixed_lr": 0.001, "mask": {"pool": 6, "width": 8, "layers": 1},
+         "roi_samples": 16, "proposals": 20, "proposals_before": 40, "rpn_samples": 16, "sets": {"voc": {"epochs": 3}}}
 """What the miniature shrinks; entries, data sets, models and LVIS's own settings stay the profile's."""
 
 

@@ -30,10 +30,10 @@ HEAD = {"pool": 6, "width": 8, "layers": 1}
 SMALL = {
     "datasets": ["imagenet", "coco", "voc", "lvis"],
     "toy": {"cases": [[5, 0.5]], "banks": 2, "rows": 512, "anchors": 32, "redraws": 2},
-    "detect": {"size": 48, "batch": 2, "epochs": 1, "keypoint_epochs": 1, "anchors": [0.45], "canonical": 0.5,
-               "fpn": 8, "box_hidden": 16, "lrs": [0.001, 0.002], "fixed_lr": 0.001, "mask": HEAD, "keypoint": HEAD,
-               "roi_samples": 16, "proposals": 20, "proposals_before": 40, "rpn_samples": 16,
-               "sets": {"voc": {"epochs": 1}}},
+    "detect": {"device": "cpu", "size": 48, "batch": 2, "epochs": 1, "keypoint_epochs": 1, "anchors": [0.45],
+               "canonical": 0.5, "fpn": 8, "box_hidden": 16, "lrs": [0.001, 0.002], "fixed_lr": 0.001,
+               "mask": HEAD, "keypoint": HEAD, "roi_samples": 16, "proposals": 20, "proposals_before": 40,
+               "rpn_samples": 16, "sets": {"voc": {"epochs": 1}}},
 }  # fmt: skip
 """Beside `test_paper.SMALL`; kinds of stages, data sets, tables and the rows that are kept stay the profile's own."""
 
