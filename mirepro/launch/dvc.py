@@ -32,7 +32,7 @@ RESULTS = ("metrics", "runs", "tables", "reports")  # folders into which DVC cop
 
 
 def main() -> None:
-    """DVC's command line, after whatever computes: it only collects, and nothing waits for that but the end."""
+    """DVC's command line; it gives way to jobs that compute, since a result can wait until it is collected."""
     os.nice(10)
     from dvc.cli import main as dvc
 
