@@ -181,7 +181,10 @@ if sys.argv[1] == "quick":
     from dvc.utils.serialize._yaml import parse_yaml as plain
     Path(".mirepro").mkdir(exist_ok=True)
     dvc.make_atomic()
-    dvc.make_quick()
+    parsed = dvc.parser(Path.cwd())
+    remembering = dvc.parsing(parsed)
+    remembering.__enter__()
+    dvc.make_quick(parsed)
 def change(entry):
     with dvcfile.modify_yaml("dvc.lock") as data:
         data.update({"schema": "2.0"})

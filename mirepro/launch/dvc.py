@@ -37,8 +37,10 @@ def main() -> None:
     from dvc.cli import main as dvc
 
     make_atomic()
-    make_quick()
-    sys.exit(dvc(sys.argv[1:]))
+    parsed = parser(Path.cwd())
+    with parsing(parsed):
+        make_quick(parsed)
+        sys.exit(dvc(sys.argv[1:]))
 
 
 def make_atomic() -> None:
@@ -53,19 +55,42 @@ def make_atomic() -> None:
     _common._dump_data = dump
 
 
-def make_quick() -> None:
-    """Spares DVC, in this process, most of its YAML (it reads params.yaml ten times for one stage) and long waits."""
+def parser(root: Path) -> Parsed:
+    """DVC's parser of YAML, but one that remembers.
+
+    Args:
+        root: The repository's root, which keeps long texts parsed.
+    """
+    from dvc.utils.serialize import _yaml
+
+    folder = (root / KEPT).absolute()
+    return Parsed(_yaml.parse_yaml, folder if folder.parent.is_dir() else None)
+
+
+@contextmanager
+def parsing(parsed: Parsed) -> Iterator[None]:
+    """Lets DVC, in this process, parse each text once: it reads params.yaml for every stage, ten times to run one."""
+    from dvc.utils import strictyaml
+    from dvc.utils.serialize import _yaml
+
+    def parse_once(text: str, path: str, typ: str = "safe") -> Any:
+        return parsed(text, path) if typ == "safe" else parsed.parse(text, path, typ)
+
+    _yaml.parse_yaml = strictyaml.parse_yaml = parse_once
+    try:
+        yield
+    finally:
+        _yaml.parse_yaml = strictyaml.parse_yaml = parsed.parse
+
+
+def make_quick(parsed: Parsed) -> None:
+    """Spares DVC, in this process, most of its writing of dvc.lock, commands that only collect, and long waits."""
     from dvc import dvcfile, lock
     from dvc.stage import run
-    from dvc.utils import strictyaml
     from dvc.utils.serialize import _yaml
     from tqdm import tqdm
 
-    parse, plain = _yaml.parse_yaml, dvcfile.modify_yaml
-    parsed = Parsed(parse, KEPT.absolute() if KEPT.parent.is_dir() else None)
-
-    def parse_once(text: str, path: str, typ: str = "safe") -> Any:
-        return parsed(text, path) if typ == "safe" else parse(text, path, typ)
+    plain = dvcfile.modify_yaml
 
     @contextmanager
     def modify(path: str, fs: Any = None) -> Iterator[Any]:
@@ -80,14 +105,13 @@ def make_quick() -> None:
         text = spliced(text, before["stages"], data, _yaml.dumps_yaml)
         files.write_text(path, text)
         entry_of = data["stages"] | {
-            name: parse(_yaml.dumps_yaml({"stages": {name: entry}}), path)["stages"][name]
+            name: parsed.parse(_yaml.dumps_yaml({"stages": {name: entry}}), path)["stages"][name]
             for name, entry in data["stages"].items()
             if before["stages"].get(name) != entry
         }
         parsed.learn(text, path, before | {"stages": entry_of})
 
     lock.DEFAULT_TIMEOUT = 0.3  # a twentieth of a second between looks at the repository's lock instead of a half
-    _yaml.parse_yaml = strictyaml.parse_yaml = parse_once
     dvcfile.modify_yaml = modify
     run._run = collecting(run._run)
     tqdm.monitor_interval = 0  # no thread beside the one that forks

@@ -1,11 +1,11 @@
-"""Stages as jobs: what is sent to a launcher, and what the job computes when it arrives."""
+"""Stages as jobs: what is sent to a launcher."""
 
 from functools import partial
 from pathlib import Path
 
-from mirepro import codelocks, determinism, execution, profiles, site, stages
-from mirepro.errors import UserError
+from mirepro import execution, site, stages
 from mirepro.launch.launcher import Launcher, Ticket
+from mirepro.launch.task import compute
 from mirepro.profiles import Profile
 
 
@@ -46,17 +46,3 @@ def _ticket(profile: Profile, kind: str, key: str | None, mark: str) -> Ticket:
     call = partial(compute, profile.root, profile.name, kind, key, mark)
     name = f"{kind}@{key}" if key else kind
     return Ticket(name, kind, mark, execution.work_folder(profile.root, mark), call, profile.threads)
-
-
-def compute(root: Path, profile_name: str, kind: str, key: str | None, mark: str) -> None:
-    """Body of a job: computes a stage, or resumes it, and leaves the result in its work folder.
-
-    Raises:
-        UserError: What the result depends on has changed since the job was submitted, or the stage refuses.
-    """
-    profile = profiles.load(root, profile_name)
-    determinism.reexec_if_needed(profile.tier, profile.threads)
-    name, job = stages.described(profile, kind, key)
-    if execution.fingerprint(root, name, job) != mark or not codelocks.current(root, job.needs):
-        raise UserError(f"{name}: parameters, data or code changed after the job was submitted; rerun the command")
-    execution.execute(root, name, job, collect=False)

@@ -19,10 +19,13 @@ class Parsed:
     Args:
         parse: Text and path -> plain data.
         folder: Where to keep them between processes; None keeps nothing.
+
+    Attributes:
+        parse: The parser that does not.
     """
 
-    def __init__(self, parse: Callable[[str, str], Any], folder: Path | None) -> None:
-        self._parse, self._folder = parse, folder
+    def __init__(self, parse: Callable[..., Any], folder: Path | None) -> None:
+        self.parse, self._folder = parse, folder
         self._known: dict[str, bytes] = {}
 
     def __call__(self, text: str, path: str) -> Any:
@@ -30,7 +33,7 @@ class Parsed:
         mark = _mark(text)
         if mark not in self._known:
             kept = self._read(mark, path)
-            self._known[mark] = kept if kept is not None else self.learn(text, path, self._parse(text, path))
+            self._known[mark] = kept if kept is not None else self.learn(text, path, self.parse(text, path))
         data = pickle.loads(self._known[mark])
         while len(self._known) > MOST:
             del self._known[next(iter(self._known))]

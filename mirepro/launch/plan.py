@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mirepro.errors import UserError
+from mirepro.launch.dvc import make_atomic, parser, parsing
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Pipeline:
         from dvc.repo import Repo
         from dvc.repo.reproduce import collect_stages, plan_repro
 
-        self._root = root
+        self._root, self._parsed = root, parser(root)
         try:
-            with chdir(root):  # DVC's addresses are relative to the working directory
+            with chdir(root), parsing(self._parsed):  # DVC's addresses are relative to the working directory
                 self._repo = Repo(str(root), _wait_for_lock=True)
                 graph = self._repo.index.graph
                 order = plan_repro(graph, collect_stages(self._repo, targets))
@@ -62,7 +63,7 @@ class Pipeline:
         """Judges every stage; `code` is left out, because it runs every time."""
         reasons: dict[str, str] = {}
         stale: list[str] = []
-        with chdir(self._root), self._repo.lock:
+        with chdir(self._root), parsing(self._parsed), self._repo.lock:
             for name, stage in self._stages.items():
                 if is_code(name):
                     continue
@@ -84,8 +85,6 @@ class Pipeline:
 
     def commit(self, addresses: Sequence[str]) -> None:
         """Records stages in dvc.lock as they stand, without running them."""
-        from mirepro.launch.dvc import make_atomic
-
         make_atomic()
         logging.getLogger("dvc").setLevel(logging.WARNING)
         with chdir(self._root):

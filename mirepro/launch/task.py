@@ -1,4 +1,4 @@
-"""What a job runs: a stage's computation that knows how to go on after a signal."""
+"""What a job runs: a stage's computation that knows how to go on after a signal. Imports no scheduler."""
 
 import hashlib
 import os
@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from mirepro import codelocks, determinism, execution, profiles, stages
 from mirepro.errors import UserError
 from mirepro.launch.container import die_with_client, unblock
 from mirepro.notice import NOTICE
@@ -84,6 +85,20 @@ class Task:
         if self.barren >= BARREN:
             raise RuntimeError(f"{self.barren} runs reached the time limit without a new checkpoint; raise `time`")
         return DelayedSubmission(self)
+
+
+def compute(root: Path, profile_name: str, kind: str, key: str | None, mark: str) -> None:
+    """Body of a job: computes a stage, or resumes it, and leaves the result in its work folder.
+
+    Raises:
+        UserError: What the result depends on has changed since the job was submitted, or the stage refuses.
+    """
+    profile = profiles.load(root, profile_name)
+    determinism.reexec_if_needed(profile.tier, profile.threads)
+    name, job = stages.described(profile, kind, key)
+    if execution.fingerprint(root, name, job) != mark or not codelocks.current(root, job.needs):
+        raise UserError(f"{name}: parameters, data or code changed after the job was submitted; rerun the command")
+    execution.execute(root, name, job, collect=False)
 
 
 def _heed(patience: float) -> None:

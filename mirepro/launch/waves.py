@@ -1,4 +1,4 @@
-"""Parallel reproduction: each stage is a `dvc repro --single-item` of its own, started as soon as its inputs stand."""
+"""Parallel reproduction: each stage computes as soon as its inputs stand, and DVC collects results a few at a time."""
 
 import fcntl
 import os
@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,8 +26,11 @@ from mirepro.launch.remote import Dispatch, Remote
 from mirepro.profiles import Profile
 
 POLL = 0.1  # seconds between looks at the running stages
+IDLE = 0.5  # where a computation's end is all there is to wait for; it wakes at once
 COLLECTORS = 2
 """DVC processes at a time; what is computed meanwhile goes to the next one together."""
+TOGETHER = 8
+"""Results that wait for each other while all slots compute: DVC takes a second to start, and a quarter for a result."""
 TAIL = 25  # lines of a failed stage's log
 SCARCE = 1 << 20  # bytes: with less room a failure may be the disk's
 DEFAULT = 10.0  # seconds, where no stage of a kind ever ran
@@ -56,6 +60,7 @@ class Running:
         process: DVC, which may collect other stages too.
         mates: The stages it collects.
         single: Whether DVC has failed for a group, so that this stage gets one of its own.
+        ended: When its computation was seen to be over.
     """
 
     name: str
@@ -66,6 +71,7 @@ class Running:
     mates: int = 1
     single: bool = False
     started: float = field(default_factory=time.monotonic)
+    ended: float | None = None
 
     @property
     def computed(self) -> bool:
@@ -74,8 +80,19 @@ class Running:
 
     @property
     def frees(self) -> bool:
-        """Whether it takes no slot any more: its computation is a job, and over."""
-        return isinstance(self.worker, Remote) and (self.process is not None or self.worker.exitcode == 0)
+        """Whether it takes no slot any more: its computation is over, and DVC's part is small."""
+        return self.worker is not None and (self.process is not None or self.worker.exitcode == 0)
+
+    @property
+    def seconds(self) -> float:
+        """How long it computed, or has been computing."""
+        return (self.ended or time.monotonic()) - self.started
+
+    @property
+    def sentinel(self) -> int | None:
+        """A descriptor that is ready when its computation ends; None for one that is over or elsewhere."""
+        over = self.worker is None or self.process is not None or self.worker.exitcode is not None
+        return None if over else getattr(self.worker, "sentinel", None)
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs or waits."""
@@ -218,9 +235,9 @@ class Wave:
             try:
                 while self._running or self._waiting:
                     self._start()
-                    self._board.show([item.line() for item in self._running])
-                    time.sleep(POLL)
                     self._collect()
+                    self._board.show([item.line() for item in self._running if not item.computed])
+                    self._pause()
                     self._end()
             except BaseException as error:
                 _stop(self._running)
@@ -236,20 +253,37 @@ class Wave:
         """Starts what is ready, as far as there is room."""
         unfinished = self._waiting.keys() | {item.name for item in self._running}
         ready = [name for name in self._waiting if self._plan.needs[name].isdisjoint(unfinished)]
-        busy = sum(not item.frees for item in self._running)
-        for name in ready[: self._jobs - busy]:
+        for name in ready[: self._jobs - self._busy]:
             del self._waiting[name]
             with uninterrupted(children=False):  # a process that has started is known, so that it can be stopped
                 self._running.append(self._starter.start(name))
 
+    @property
+    def _busy(self) -> int:
+        """Slots that are taken."""
+        return sum(not item.frees for item in self._running)
+
+    def _pause(self) -> None:
+        """Until a computation of this machine ends, or for a moment."""
+        computing = [item.sentinel for item in self._running]
+        known = [sentinel for sentinel in computing if sentinel is not None]
+        wait(known, IDLE if len(known) == self._jobs else POLL)
+        for item in self._running:
+            if item.ended is None and item.worker is not None and item.worker.exitcode is not None:
+                item.ended = time.monotonic()
+
     def _collect(self) -> None:
-        """Hands over what waits for DVC; stages whose command computes are not held up, nor kept waiting by others."""
+        """Hands over what waits for DVC: at once where a slot is free, since a stage may need it, else some together.
+
+        Stages whose command computes are not held up, nor kept waiting by others.
+        """
         waiting = [item for item in self._running if item.computed]
         for item in [item for item in waiting if item.worker is None]:
             self._starter.collect([item])
         computed = [item for item in waiting if item.worker is not None]
         at_work = {item.process.pid for item in self._running if item.process is not None and item.worker is not None}
-        if computed and len(at_work) < COLLECTORS:
+        enough = len(computed) >= TOGETHER or self._busy < self._jobs
+        if computed and enough and len(at_work) < COLLECTORS:
             single = [item for item in computed if item.single]
             self._starter.collect(single[:1] or computed)
 
@@ -257,7 +291,7 @@ class Wave:
         """Takes leave of the stages that ended; a failure takes along what needs it, or all that waits."""
         for item, code in [(item, code) for item in self._running if (code := item.poll()) is not None]:
             self._running.remove(item)
-            self._board.finish(item.name, time.monotonic() - item.started, code == 0)
+            self._board.finish(item.name, item.seconds, code == 0)
             if code == 0:
                 self._starter.recorded([item.name])
             else:
