@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -61,6 +62,62 @@ def test_a_group_that_dvc_refuses_is_collected_one_by_one(tmp_path: Path, names:
     assert starter.groups[0] == names
     assert sorted(starter.done) == sorted(set(names) - {"bad"})
     assert len(starter.groups) == (1 + len(names) if "bad" in names else 1)
+
+
+class Brief:
+    """A computation of a twentieth of a second."""
+
+    pid = None
+
+    def __init__(self) -> None:
+        self.ends = time.monotonic() + 0.05
+
+    @property
+    def exitcode(self) -> int | None:
+        return 0 if time.monotonic() > self.ends else None
+
+
+class BriefStarter(GroupStarter):
+    """Notes how many computations are at work whenever one starts."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.workers: list[Brief] = []
+        self.most = 0
+
+    def start(self, name: str) -> waves.Running:
+        item = super().start(name)
+        item.worker = Brief()
+        self.workers.append(item.worker)
+        self.most = max(self.most, sum(worker.exitcode is None for worker in self.workers))
+        return item
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_results_wait_for_each_other_while_all_slots_compute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    """Control: a DVC for every result or two."""
+    monkeypatch.setattr(waves, "TOGETHER", together)
+    starter, names = BriefStarter(tmp_path), [f"s{i}" for i in range(24)]
+    plan = Plan({name: set() for name in names}, names, {})
+    waves.Wave(starter, plan, 2, waves.Board({}, 2, quiet=True)).run()  # type: ignore[arg-type]
+    assert sorted(starter.done) == sorted(names)
+    assert starter.most == 2  # a result that waits takes no slot, and no third computation starts
+    sizes = [len(group) for group in starter.groups]
+    assert sum(sizes) == 24
+    if together == 4:
+        assert min(sizes[:3]) >= 4
+        assert len(sizes) <= 9
+    else:
+        assert len(sizes) > 9
+
+
+def test_a_result_that_is_needed_does_not_wait(tmp_path: Path) -> None:
+    starter, names = BriefStarter(tmp_path), ["a", "b", "c"]
+    plan = Plan({"a": set(), "b": {"a"}, "c": {"b"}}, names, {})
+    waves.Wave(starter, plan, 2, waves.Board({}, 2, quiet=True)).run()  # type: ignore[arg-type]
+    assert starter.groups == [["a"], ["b"], ["c"]]
 
 
 class Sleeping:

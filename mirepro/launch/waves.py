@@ -29,7 +29,7 @@ POLL = 0.1  # seconds between looks at the running stages
 IDLE = 0.5  # where a computation's end is all there is to wait for; it wakes at once
 COLLECTORS = 2
 """DVC processes at a time; what is computed meanwhile goes to the next one together."""
-TOGETHER = 8
+TOGETHER = 4
 """Results that wait for each other while all slots compute: DVC takes a second to start, and a quarter for a result."""
 TAIL = 25  # lines of a failed stage's log
 SCARCE = 1 << 20  # bytes: with less room a failure may be the disk's
