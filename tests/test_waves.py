@@ -113,6 +113,13 @@ def test_results_wait_for_each_other_while_all_slots_compute(
         assert len(sizes) > 9
 
 
+def test_a_result_does_not_wait_for_long_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waves, "PATIENCE", 0.0)
+    starter, names = BriefStarter(tmp_path), [f"s{i}" for i in range(24)]
+    waves.Wave(starter, Plan({n: set() for n in names}, names, {}), 2, waves.Board({}, 2, quiet=True)).run()  # type: ignore[arg-type]
+    assert len(starter.groups) > 9  # control: the test above, with patience
+
+
 def test_a_result_that_is_needed_does_not_wait(tmp_path: Path) -> None:
     starter, names = BriefStarter(tmp_path), ["a", "b", "c"]
     plan = Plan({"a": set(), "b": {"a"}, "c": {"b"}}, names, {})

@@ -31,6 +31,7 @@ COLLECTORS = 2
 """DVC processes at a time; what is computed meanwhile goes to the next one together."""
 TOGETHER = 4
 """Results that wait for each other while all slots compute: DVC takes a second to start, and a quarter for a result."""
+PATIENCE = 60.0  # seconds that a result waits for others
 TAIL = 25  # lines of a failed stage's log
 SCARCE = 1 << 20  # bytes: with less room a failure may be the disk's
 DEFAULT = 10.0  # seconds, where no stage of a kind ever ran
@@ -282,7 +283,8 @@ class Wave:
             self._starter.collect([item])
         computed = [item for item in waiting if item.worker is not None]
         at_work = {item.process.pid for item in self._running if item.process is not None and item.worker is not None}
-        enough = len(computed) >= TOGETHER or self._busy < self._jobs
+        waited = max((time.monotonic() - item.ended for item in computed if item.ended), default=0.0)
+        enough = len(computed) >= TOGETHER or self._busy < self._jobs or waited > PATIENCE
         if computed and enough and len(at_work) < COLLECTORS:
             single = [item for item in computed if item.single]
             self._starter.collect(single[:1] or computed)
