@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 
 from mirepro import checkpoint, data, encoders
 from mirepro.data import shards
@@ -218,7 +219,7 @@ def test_training_is_deterministic(model: str, pretrained: Path) -> None:
 def test_frozen_trunk_keeps_its_weights_and_a_tuned_one_trains_batchnorm(pretrained: Path) -> None:
     before = _detector("mask", pretrained).state_dict()
     frozen, tuned = (_train("mask", pretrained, 0, frozen=frozen) for frozen in (True, False))
-    learned = [n for n in before if "trunk" in n and n.endswith("weight") and not ("layer4" in n or ".head." in n)]
+    learned = [n for n in before if "trunk" in n and n.endswith("weight") and ".head." not in n]
     norms = [n for n in learned if torch.equal(before[n], torch.ones_like(before[n]))]
     assert norms
     assert all(torch.equal(before[n], frozen[n]) for n in learned)
@@ -230,6 +231,36 @@ def test_small_batches_take_groupnorm_in_new_layers(pretrained: Path) -> None:
     new = [m for name, m in small.named_modules() if "trunk" not in name]
     assert any(isinstance(m, torch.nn.GroupNorm) for m in new)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in new)
+
+
+def test_stages_above_the_used_maps_are_not_computed(pretrained: Path) -> None:
+    rgb = torch.rand(2, 3, SIZE, SIZE)
+    pyramid = encoders.load(pretrained / "encoder.safetensors").eval().pyramid(rgb)
+    for stages in (2, 3, 4):
+        anchors = (0.1, 0.2, 0.3, 0.42)[-stages:]
+        backbone = _detector("mask", pretrained, params=dataclasses.replace(TINY, anchors=anchors)).backbone.eval()
+        kept = {name.split(".")[3] for name, _ in backbone.trunk.named_parameters() if ".layer" in name}
+        assert kept == {f"layer{i + 1}" for i in range(stages)}
+        wanted = [pyramid[level] for level in backbone.levels]
+        assert all(map(torch.equal, backbone.maps(rgb), wanted))
+
+
+@pytest.mark.parametrize("width", [8, 12])
+def test_the_mask_predictor_computes_what_torchvisions_does(width: int) -> None:
+    plain = MaskRCNNPredictor(width, width, 3).double()
+    own = detection_model.MaskPredictor(width, width, 3).double()
+    own.load_state_dict(plain.state_dict())
+    results = []
+    for predictor in (plain, own):
+        x = torch.rand(5, width, 7, 7, dtype=torch.float64, generator=torch.manual_seed(0)).requires_grad_()
+        logits = predictor(x)
+        assert logits.shape == (5, 3, 14, 14)
+        logits.square().sum().backward()
+        results.append([logits, x.grad, *(weight.grad for weight in predictor.parameters())])
+    for value, oracle in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(value, oracle, rtol=1e-12, atol=1e-12)
+    bent = own(torch.rand(5, width, 7, 7, dtype=torch.float64))
+    assert not torch.allclose(bent, results[0][0])  # control: other inputs, other logits
 
 
 def test_ensembles_of_two_modalities_train(tmp_path: Path) -> None:

@@ -139,7 +139,8 @@ class Training:
         torch.manual_seed(int(rng.words(self.seed, rng.Stream.TRANSFER, self.step, [_SAMPLING], 1)[0, 0]))
         chosen = zip(index.tolist(), mirrored.tolist(), strict=True)
         drawn = [self.scenes.target(image, mirror) for image, mirror in chosen]
-        targets = [{name: value.to(self.detector.device) for name, value in target.items()} for target in drawn]
+        device = self.detector.device
+        targets = [{name: value.to(device) for name, value in target.items()} for target in drawn]
         loss = torch.stack(list(self.detector.losses(feed.maps(index, mirrored), targets).values())).sum()
         if not torch.isfinite(loss):
             where = f"the loss is {loss.item()} at step {self.step} with lr {self.variant.lr}"
