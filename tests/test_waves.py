@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from mirepro import files
 from mirepro.launch import waves
 from mirepro.launch.plan import Plan
+from mirepro.profiles import Profile
 
 
 def test_keep_going_leaves_out_what_needs_the_failed_stage() -> None:
@@ -111,6 +113,24 @@ def test_results_wait_for_each_other_while_all_slots_compute(
         assert len(sizes) <= 9
     else:
         assert len(sizes) > 9
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_the_longest_chain_goes_first_also_where_nothing_ran_yet(tmp_path: Path, known: bool) -> None:
+    """Control: where a kind's stages have run, their own times count."""
+    profile = Profile(tmp_path, tmp_path / "params.yaml", {"profile": "desk"})
+    record = {"stage": "evaluate@old", "seconds": 500.0}
+    if known:
+        files.write_json(waves.stages.provenance(profile) / "evaluate@old.json", record)
+    needs: dict[str, set[str]] = {"pretrain@a": set(), "pretrain@b": set(), "evaluate@a": {"pretrain@a"}}
+    needs |= {"detect@b": {"pretrain@b"}, "tables": {"evaluate@a", "detect@b"}}
+    expected = waves.estimates(profile, list(needs))
+    assert expected["detect@b"] > expected["pretrain@a"] > expected["tables"]
+    board = waves.Board(expected, 1, quiet=True)
+    order = list(waves.Wave(GroupStarter(tmp_path), Plan(needs, list(needs), {}), 1, board)._waiting)  # type: ignore[arg-type]
+    assert order[0] == ("pretrain@a" if known else "pretrain@b")
+    assert (order.index("evaluate@a") < order.index("detect@b")) == known
+    assert order[-1] == "tables"
 
 
 def test_a_result_does_not_wait_for_long_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,9 @@ TOGETHER = 4
 PATIENCE = 60.0  # seconds that a result waits for others
 TAIL = 25  # lines of a failed stage's log
 SCARCE = 1 << 20  # bytes: with less room a failure may be the disk's
-DEFAULT = 10.0  # seconds, where no stage of a kind ever ran
+FIRST = {"pretrain": 15.0, "evaluate": 6.0, "detect": 60.0}
+"""Seconds, where no stage of a kind ever ran: in what proportion they are, so that the longest do not come last."""
+DEFAULT = 3.0  # seconds, likewise, for all other kinds
 
 
 class StageFailed(Exception):
@@ -344,7 +346,7 @@ def _full(log: Path) -> list[str]:
 
 
 def estimates(profile: Profile, names: Sequence[str]) -> dict[str, float]:
-    """Seconds each stage is expected to take: its own last run, else the mean of its kind."""
+    """Seconds each stage is expected to take: its own last run, else the mean of its kind, else a guess."""
     own: dict[str, float] = {}
     kinds: dict[str, list[float]] = {}
     for path in stages.provenance(profile).glob("*.json"):
@@ -354,8 +356,9 @@ def estimates(profile: Profile, names: Sequence[str]) -> dict[str, float]:
     result = {}
     for name in names:
         stage = name.rpartition(":")[2]
-        kind = kinds.get(stage.partition("@")[0], [])
-        result[name] = own.get(stage, sum(kind) / len(kind) if kind else DEFAULT)
+        kind = stage.partition("@")[0]
+        known = kinds.get(kind, [FIRST.get(kind, DEFAULT)])
+        result[name] = own.get(stage, sum(known) / len(known))
     return result
 
 
