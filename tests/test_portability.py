@@ -15,6 +15,15 @@ from tests import forked
 from tests.portability import GOLDEN, ROOT, THREADS, Digests, Miniature, child, different
 
 CPUS = ("Haswell", "EPYC-Rome")
+ALWAYS = (("Haswell", 2), ("EPYC-Rome", 1))
+"""Each processor and each number of threads once; the other pairs are for `make test-slow`."""
+
+
+def marks(cpu: str, threads: int) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.xdist_group(cpu), *([] if (cpu, threads) in ALWAYS else [pytest.mark.full])]
+
+
+EMULATED = [pytest.param(cpu, threads, marks=marks(cpu, threads)) for cpu in CPUS for threads in THREADS]
 REGENERATE = "a wanted change of results: `python -m tests.portability --write`"
 
 
@@ -54,8 +63,7 @@ def test_digests_with_avx2_forced_are_golden(golden: dict[str, Digests], threads
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("threads", THREADS)
-@pytest.mark.parametrize("cpu", [pytest.param(cpu, marks=pytest.mark.xdist_group(cpu)) for cpu in CPUS])
+@pytest.mark.parametrize(("cpu", "threads"), EMULATED)
 def test_digests_on_an_emulated_cpu_are_golden(
     emulator: str, golden: dict[str, Digests], cpu: str, threads: int
 ) -> None:
