@@ -87,6 +87,14 @@ def built(project: Project, root: Path, tmp_path_factory: pytest.TempPathFactory
         build.drop(image.podman.store)
 
 
+TIMED = """
+import pathlib
+found = [path for path in pathlib.Path("/opt").rglob("*.pyc") if path.read_bytes()[4:8] != bytes([1, 0, 0, 0])]
+print(len(found), *found[:3])
+"""
+"""Byte code that is valid by the time of its source: not the same in two builds, and stale in the image (PEP 552)."""
+
+
 def is_sealed(built: Built) -> None:
     """What the documentation promises about the image: who runs, what is there, what can be written, its labels."""
     podman = built.podman
@@ -96,6 +104,7 @@ def is_sealed(built: Built) -> None:
     assert podman.run("-c", "command -v git", entry="sh") == "/usr/bin/git"  # control
     podman.run("/opt/mirepro/x", entry="touch", code=1)
     podman.run("/tmp/x", entry="touch")
+    assert podman.run("-c", TIMED, entry="/opt/venv/bin/python") == "0"
     labels = json.loads(podman("image", "inspect", "--format", "{{json .Labels}}", podman.image))
     assert labels["org.opencontainers.image.revision"] == images.tree(built.checkout)
     assert labels["org.opencontainers.image.version"] in (built.checkout / "pyproject.toml").read_text()
