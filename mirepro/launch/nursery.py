@@ -23,7 +23,7 @@ PRELOAD = [
 ]
 INTERRUPTED = 130
 MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 25)}
-"""Bytes (glibc): a process keeps a step's memory for the next one, where asking anew took 3 % of a training's time."""
+"""Bytes (glibc): a process keeps a step's memory for the next one, which saves page faults."""
 
 
 class Nursery:
