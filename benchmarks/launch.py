@@ -9,6 +9,7 @@ import argparse
 import collections
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -207,6 +208,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="of every run of many stages")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also in the background, where shells ignore Ctrl-C
+        signal.signal(number, signal.default_int_handler)  # so that the daemons are stopped
     with tempfile.TemporaryDirectory(prefix="mirepro-launch-") as name:
         folder = Path(name)
         cluster = Cluster(folder / "slurm", cpus=-(-options.slots // 2))
