@@ -6,13 +6,16 @@ With a small result it is built once for all tests here; `make test-slow` builds
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import certifi
 import pytest
 import yaml
 from audited import Project, commit
@@ -69,6 +72,21 @@ def pulled(checkout: Path, made: Path, address: str, folder: Path) -> Built:
 
 
 @pytest.fixture(scope="module")
+def project(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A small published result, computed here."""
+    return Project(root, tmp_path_factory.mktemp("published"), real=True)
+
+
+SECRET = "known-to-the-host-that-builds-alone"
+"""Stands in the certificates and in the list of package sources."""
+SOURCES = f"""# {SECRET}
+deb http://deb.debian.org/debian bookworm main
+deb http://deb.debian.org/debian bookworm-updates main
+deb http://deb.debian.org/debian-security bookworm-security main
+"""
+
+
+@pytest.fixture(scope="module")
 def built(project: Project, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
     """From the base on, with the real packages and a small result."""
     need("mmdebstrap", "podman", "skopeo", "docker-registry")
@@ -79,7 +97,11 @@ def built(project: Project, root: Path, tmp_path_factory: pytest.TempPathFactory
         shutil.rmtree(checkout / name)
     shutil.copytree(project.root, checkout, ignore=shutil.ignore_patterns(".git", "mirepro"), dirs_exist_ok=True)
     commit(checkout)
-    words = ("--base", "mmdebstrap", "--store", made)
+    trusted = os.environ.get("SSL_CERT_FILE") or certifi.where()
+    (folder / "ca.crt").write_text(f"{SECRET}\n{Path(trusted).read_text()}")
+    (folder / "sources.list").write_text(SOURCES)
+    secrets = ("--ca", folder / "ca.crt", "--apt", folder / "sources.list")
+    words = ("--base", "mmdebstrap", "--store", made, *secrets)
     subprocess.run([sys.executable, checkout / "containers/build", *words], check=True)
     with serve(folder) as (address, _):
         image = pulled(checkout, made, address, folder / "store")
@@ -104,17 +126,37 @@ def is_sealed(built: Built) -> None:
     assert podman.run("-c", "command -v git", entry="sh") == "/usr/bin/git"  # control
     podman.run("/opt/mirepro/x", entry="touch", code=1)
     podman.run("/tmp/x", entry="touch")
+    for read_only, code in ((["--read-only"], 1), ([], 0)):  # also for root, who may write where that is not said
+        podman("run", "--rm", *read_only, "--user=0", "--entrypoint=touch", podman.image, "/opt/mirepro/x", code=code)
+    assert podman.run("/sys/class/net", entry="ls") == "lo"
     assert podman.run("-c", TIMED, entry="/opt/venv/bin/python") == "0"
-    labels = json.loads(podman("image", "inspect", "--format", "{{json .Labels}}", podman.image))
-    assert labels["org.opencontainers.image.revision"] == images.tree(built.checkout)
-    assert labels["org.opencontainers.image.version"] in (built.checkout / "pyproject.toml").read_text()
-    host = [platform.node(), str(Path.home()), str(built.checkout)]
+    (told,) = json.loads(podman("image", "inspect", podman.image))
+    labels = {name.rpartition(".")[2]: value for name, value in told["Labels"].items()}
+    project = tomllib.loads((built.checkout / "pyproject.toml").read_text())["project"]
+    assert (labels["revision"], labels["version"]) == (images.tree(built.checkout), project["version"])
+    assert labels["licenses"] == "NOASSERTION"
+    assert not told["Config"].get("ExposedPorts")
     history = podman("history", "--no-trunc", "--format", "json", podman.image)
-    assert not [name for name in host if len(name) > 5 and name in history]
-    command = ("--health-cmd", "mirepro env", "--health-interval=disable")
-    sleeping = podman("run", "-d", "--network=none", *command, "--entrypoint=sleep", podman.image, "600")
-    podman("healthcheck", "run", sleeping)
-    podman("rm", "-f", "-t", "0", sleeping)
+    assert not [name for name in (*host(built), str(Path.home())) if name in history]
+    for command, code in (("mirepro env", 0), ("false", 1)):
+        health = ("--health-cmd", command, "--health-interval=disable")
+        sleeping = podman("run", "-d", "--network=none", *health, "--entrypoint=sleep", podman.image, "600")
+        podman("healthcheck", "run", sleeping, code=code)
+        podman("rm", "-f", "-t", "0", sleeping)
+
+
+def host(built: Built) -> list[str]:
+    """What only the host that built it knows."""
+    return [name for name in (platform.node(), str(built.checkout), SECRET) if len(name) > 9]
+
+
+def is_clean(built: Built, files: Path) -> None:
+    """None of the image's files names the host that built it, its certificates or its sources."""
+    words = [word for name in host(built) for word in ("-e", name)]
+    found = subprocess.run(["grep", "-rlF", *words, files], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (1, "")
+    control = ["grep", "-rlF", "MIREPRO_AUDIT_SOURCE", files / "opt/mirepro"]
+    assert "environment" in subprocess.run(control, capture_output=True, text=True, check=True).stdout
 
 
 def is_described(built: Built) -> None:
@@ -123,6 +165,11 @@ def is_described(built: Built) -> None:
     names = {one["name"] for one in listed}
     assert {"torch", "numpy", "libc6:amd64", "git"} <= names
     assert not {"pytest", "cyclonedx-bom", "g++"} & names  # of the build, of the tool that lists, of neither
+    debs = yaml.safe_load((built.made / "images.lock.yaml").read_text())["debs"]
+    assert {"git", "libc6", "g++", "python3-venv"} <= {name.partition("=")[0] for name in debs}
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in debs.values())
+    here = {f"{one['name'].partition(':')[0]}={one['version']}" for one in listed if "deb" in one.get("purl", "")}
+    assert here <= debs.keys()
     statement = json.loads((built.made / "provenance.json").read_text())
     assert statement["subject"] == [{"name": "cpu", "digest": {"sha256": built.digest.removeprefix("sha256:")}}]
     inputs = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
@@ -130,10 +177,15 @@ def is_described(built: Built) -> None:
 
 
 @once
-def test_image_audits_its_result_from_a_registry(built: Built) -> None:
+def test_image_audits_its_result_from_a_registry(built: Built, tmp_path: Path) -> None:
+    """Also with an evaluation repeated from its pinned checkpoint; the report goes to a folder of the host."""
     is_sealed(built)
     is_described(built)
-    assert REPRODUCED in built.podman.run("audit", "--level", "1")
+    podman, out = built.podman, tmp_path / "report"
+    out.mkdir()
+    line = ("run", "--rm", "--read-only", "--network=none", "-v", f"{out}:/tmp/audit:U", podman.image)
+    assert f"{REPRODUCED}: all" in podman(*line, "audit", "--level", "2", "--select", "evaluate@ir-s0")
+    assert "evaluate@ir-s0" in (out / "report.html").read_text()
 
 
 @once
@@ -156,6 +208,7 @@ def test_slurm_runs_it_by_podman_and_as_its_own_container(built: Built, cluster:
     subprocess.run(["umoci", "unpack", "--image", f"{built.made}/layout:cpu", bundle], check=True, capture_output=True)
     line = ("srun", "--export=NONE", f"--container={bundle}", "/opt/venv/bin/mirepro")
     assert REPRODUCED in cluster.run(*line, "audit", "--level", "1")
+    is_clean(built, bundle / "rootfs")
 
 
 @once
@@ -173,8 +226,9 @@ def test_desk_stages_in_it_give_the_committed_lock(
     monkeypatch.setenv("PYTHONPATH", str(checkout))
     words = ("repro", "--launch", "here", "evaluate@ir-s0")
     subprocess.run([sys.executable, "-m", "mirepro", *words], cwd=checkout, check=True)
-    logs = list((checkout / ".mirepro/jobs").glob("*/*/*_log.out"))
-    assert len(logs) == 2, "the training and its evaluation"
+    scripts = [path.read_text() for path in (checkout / ".mirepro/jobs").glob("*/*/*.sh")]
+    assert len(scripts) == 2, "the training and its evaluation"
+    assert all("podman run" in script and podman.image in script for script in scripts)
     changed = subprocess.run(["git", "diff", "--stat"], cwd=checkout, check=True, capture_output=True, text=True)
     assert changed.stdout == ""
 

@@ -101,9 +101,11 @@ def trade(address: str, blobs: Path, digest: str, publisher: Trust, stranger: Tr
     assert f"sha256:{kept}" == digest
     shutil.copytree(publisher.folder / "signatures", stranger.folder / "signatures")
     refused = stranger.copy("--remove-signatures", signed, f"dir:{tmp_path}/x", policy=stranger.folder / "policy.json")
-    assert refused
+    assert "Invalid GPG signature" in refused
     assert not publisher.copy("--remove-signatures", signed, f"docker://{address}/tiny:latest")
-    assert publisher.copy(f"docker://{address}/tiny:latest", f"dir:{tmp_path}/retagged", policy=policy)
+    retagged = publisher.copy(f"docker://{address}/tiny:latest", f"dir:{tmp_path}/retagged", policy=policy)
+    assert "tiny:signed is not accepted" in retagged
+    assert not publisher.copy(image, f"dir:{tmp_path}/whole")
 
     layer = json.loads((tmp_path / "good/manifest.json").read_text())["layers"][0]["digest"].removeprefix("sha256:")
     blob = next(blobs.glob(f"docker/registry/v2/blobs/sha256/{layer[:2]}/{layer}/data"))

@@ -43,6 +43,15 @@ def need(*tools: str) -> None:
     assert not missing, f"not installed: {', '.join(missing)}"
 
 
+@pytest.mark.parametrize(("required", "outcome"), [(False, pytest.skip.Exception), (True, AssertionError)])
+def test_missing_tools_are_named(required: bool, outcome: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skipped, or failed where the run wants them; control: tools that are there."""
+    monkeypatch.setattr(sys.modules[__name__], "REQUIRED", required)
+    with pytest.raises(outcome, match="not installed: podmam, skopoe"):
+        need("git", "podmam", "skopoe")
+    need("git")
+
+
 def git(folder: Path, *arguments: str, umask: int = 0o022) -> None:
     who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
     subprocess.run(["git", "-C", folder, *who, *arguments], check=True, capture_output=True, umask=umask)
@@ -306,6 +315,7 @@ def linked(source: str, target: str) -> None:
 LISTED = {
     "tree": "1" * 64, "base": {"reference": f"debian@sha256:{'2' * 64}"}, "files": {"dvc.lock": "3" * 64},
     "tool": "podman version 4.3.1", "timestamp": 1700000000, "debian": {"libc6:amd64": "2.36-9+deb12u10"},
+    "debs": {"g++=4:12.2.0-3": "5" * 64},
     "images": {"cpu": {"digest": f"sha256:{'4' * 64}", "bytes": 1, "compressed": 1}},
 }  # fmt: skip
 
@@ -316,7 +326,7 @@ def test_provenance_names_image_and_every_input() -> None:
     assert made["subject"] == [{"name": "cpu", "digest": {"sha256": "4" * 64}}]
     inputs = made["predicate"]["buildDefinition"]["resolvedDependencies"]
     assert {one["name"]: one["digest"]["sha256"][0] for one in inputs} == {
-        "dvc.lock": "3", "source tree": "1", "base image": "2",
+        "dvc.lock": "3", "g++=4:12.2.0-3.deb": "5", "source tree": "1", "base image": "2",
     }  # fmt: skip
     own = describe.provenance(LISTED | {"base": {"reference": "mmdebstrap", "digest": f"sha256:{'5' * 64}"}})
     assert own["predicate"]["buildDefinition"]["resolvedDependencies"][-1]["digest"] == {"sha256": "5" * 64}
@@ -331,6 +341,26 @@ def test_lock_keeps_the_other_target_of_the_same_inputs_only(tmp_path: Path) -> 
     path.write_text(json.dumps(LISTED | {"images": {"cuda": {"digest": "x"}}}))
     assert set(build.merged(LISTED, path)["images"]) == {"cpu", "cuda"}
     assert set(build.merged(LISTED | {"tree": "9" * 64}, path)["images"]) == {"cpu"}
+
+
+@pytest.mark.parametrize("again", ["sha256:1", "sha256:2"])
+def test_builds_that_differ_are_refused(again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two builds; the control is an equal one, whose inputs and digest are written."""
+    made = iter(["sha256:1", again])
+    monkeypatch.setattr(build, "build", lambda *_: next(made))
+    monkeypatch.setattr(build, "context", lambda *_: None)
+    monkeypatch.setattr(build, "inputs", lambda *_: LISTED)
+    monkeypatch.setattr(sys, "argv", ["build", "--twice", "--store", str(tmp_path)])
+    umask = os.umask(0o022)
+    try:
+        if again == "sha256:1":
+            build.main()
+        else:
+            with pytest.raises(SystemExit, match="the two builds differ"):
+                build.main()
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "images.lock.yaml").exists() == (again == "sha256:1")
 
 
 def test_targets_are_the_same_but_for_the_packages() -> None:
