@@ -68,6 +68,12 @@ def fit(works: dict[str, Work], measured: Times, kind: str, rates: dict[str, flo
     return float(values[0]), own
 
 
+def device(path: Path | None) -> dict:
+    """The rates of a GPU: what was measured on it, None for the other parts."""
+    found = {"model": "no device at hand so far", "rates": {}} if path is None else files.read_json(path)
+    return dict.fromkeys(budget.PARTS) | found["rates"] | {"what": found["model"], "start": {}}
+
+
 def main() -> None:
     """Fits, checks, writes."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -75,6 +81,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path(), help="of the finished reproduction")
     where = f"one core of {determinism.cpu('model name')}, scan and assign of the AMD EPYC (zen 5) of their benchmarks"
     parser.add_argument("--what", default=where, help="the machine")
+    parser.add_argument("--device", type=Path, help="result of benchmarks.device, for the GPU's rates")
     options = parser.parse_args()
     works = budget.works(profiles.load(Path().resolve(), options.profile))
     measured = times(options.root, options.profile)
@@ -89,7 +96,7 @@ def main() -> None:
         if not fitted(name):
             predicted = budget.seconds(works[name], rates, kind)
             errors[kind].append(None if predicted is None else predicted / measured[name])
-    gpu = dict.fromkeys(budget.PARTS) | {"what": "no device at hand so far", "start": {}}
+    gpu = device(options.device)
     check = {
         kind: {"runs": len(e), "median": statistics.median(e), "least": min(e), "most": max(e)}
         for kind, e in errors.items()

@@ -31,18 +31,19 @@ class Images:
     """Random images in memory, as a split and as its pixels."""
 
     size: int
+    side: int = SIDE
     pixels: np.ndarray = field(init=False)
     classes: tuple[str, ...] = ("a", "b")
 
     def __post_init__(self) -> None:
-        words = rng.words(0, rng.Stream.TOY, 0, np.arange(self.size), 3 * SIDE * SIDE // 4)
-        self.pixels = words.astype("<u4").view(np.uint8).reshape(self.size, 3, SIDE, SIDE)
+        words = rng.words(0, rng.Stream.TOY, 0, np.arange(self.size), 3 * self.side**2 // 4)
+        self.pixels = words.astype("<u4").view(np.uint8).reshape(self.size, 3, self.side, self.side)
         self.labels = np.arange(self.size) % 2
 
     def __len__(self) -> int:
         return self.size
 
-    def image(self, index: int) -> np.ndarray:
+    def image(self, index: int, _: object = None) -> np.ndarray:
         return self.pixels[index]
 
     def images(self, _: object) -> np.ndarray:
