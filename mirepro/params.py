@@ -153,8 +153,9 @@ class DetectParams:
     Masks train for `epochs`, keypoints, the harder task, for `keypoint_epochs`; the long schedule has `long` times as
     many. `flip` is the share of mirrored training images (0 for scenes that never come mirrored). `warmup` is the share
     of the steps with a rising learning rate, `clip` the largest norm of a gradient. Anchors are shares of the image's
-    side, one per level of the pyramid, each also times `scales`; RoI pooling takes an object of `canonical` x side from
-    the second level. `heatmap` enlarges the keypoint head's maps after their deconvolution. `oks_sigma` holds for every
+    side, one per level of the pyramid, each also times `scales`; where less than the share `min_recall` of val's boxes
+    overlaps one with IoU >= .5, the stage refuses to train. RoI pooling takes an object of `canonical` x side from the
+    second level. `heatmap` enlarges the keypoint head's maps after their deconvolution. `oks_sigma` holds for every
     keypoint (null: the data's own, as for COCO); `sensitivity` are factors of it at which keypoint AP is stated too.
     `repeat_threshold` is the share of training images below which those with a category are repeated (repeat-factor
     sampling; .001 for LVIS, 0 repeats none). `device` is cpu, or cuda (tiers exact and fast).
@@ -176,6 +177,7 @@ class DetectParams:
     min_stride: int = 4
     anchors: tuple[float, ...] = (0.3, 0.42)
     scales: tuple[float, ...] = (1.0,)
+    min_recall: float = 0.95
     canonical: float = 0.56
     fpn: int = 40
     box_pool: int = 4

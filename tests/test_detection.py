@@ -278,6 +278,8 @@ def test_anchor_recall_and_impossible_parameters(pretrained: Path) -> None:
     with pytest.raises(UserError, match=r"detect\.anchors"):
         _detector("mask", pretrained, params=dataclasses.replace(TINY, anchors=(0.1,) * 7))
     for change in (
+        {"min_recall": -0.1},
+        {"min_recall": 1.5},
         {"fixed_lr": 0.5},
         {"batch": 0},
         {"warmup": 1.0},

@@ -70,6 +70,7 @@ def test_stages_and_tables(small: profiles.Profile) -> None:
     assert not any("VOC" in name for name in federated["cells"])
     assert "repeat-factor sampling with t = 0.001" in federated["cells"]["mask_AP_tuned"]["protocol"]
     assert "repeat-factor" not in boxes["cells"]["box_AP_tuned"]["protocol"]
+    assert [small.recipe(name).min_recall for name in ("voc", "lvis")] == [0.7, 0.5]
     assert 0 <= boxes["cells"]["box_AP50_tuned"]["value"] <= 100
     assert {f"{task}_APr_{v}" for task in ("box", "mask") for v in ("tuned", "long")} <= set(federated["cells"])
     assert federated["cells"]["box_APf_tuned"]["value"] is None  # no frequent category has a box in this test split

@@ -41,12 +41,24 @@ def check(model: str, params: DetectParams) -> None:
             raise UserError(f"detect.{key}: {getattr(params, key)} is impossible; use 1 or more")
     if not 0 <= params.warmup < 1 or not params.anchors:
         raise UserError("detect.warmup, detect.anchors: use a share in [0, 1) and at least one anchor level")
-    if not 0 <= params.flip <= 1:
-        raise UserError(f"detect.flip: {params.flip} is impossible; use a share in [0, 1]")
+    for key in ("flip", "min_recall"):
+        if not 0 <= getattr(params, key) <= 1:
+            raise UserError(f"detect.{key}: {getattr(params, key)} is impossible; use a share in [0, 1]")
     if not 0 <= params.repeat_threshold <= 1:
         raise UserError(
             f"detect.repeat_threshold: {params.repeat_threshold} is impossible; use a share in [0, 1], 0 for no repeats"
         )
+
+
+def anchor_recall(detector: Detector, scenes: Scenes, params: DetectParams) -> float:
+    """Share of a split's boxes that some anchor meets; less than `min_recall` is refused with UserError."""
+    recall = detector.anchor_recall(scenes.boxes())
+    if recall < params.min_recall:
+        raise UserError(
+            f"detect.anchors: only {recall:.1%} of the boxes meet an anchor, less than detect.min_recall = "
+            f"{params.min_recall:.1%}; change the anchors' sizes, or lower detect.min_recall"
+        )
+    return recall
 
 
 @torch.no_grad()
@@ -217,7 +229,7 @@ def detect(
         The metrics JSON.
 
     Raises:
-        UserError: Bad parameters, data without such objects, or anchors that miss more than 5 % of val's boxes.
+        UserError: Bad parameters, no such objects, or anchors that meet less than `min_recall` of val's boxes.
     """
     check(model, params)
     params = replace(params, epochs=params.keypoint_epochs if model == "keypoint" else params.epochs)
@@ -234,9 +246,7 @@ def detect(
         detection_model.initialise(detector, seed)
         return detector
 
-    recall = fresh().anchor_recall(val.boxes())
-    if recall < 0.95:
-        raise UserError(f"detect.anchors: only {recall:.1%} of val's boxes meet an anchor; change the anchors' sizes")
+    recall = anchor_recall(fresh(), val, params)
     bench = Bench(f"{run} {model}", fresh, train_set, params, seed, work, fingerprint)
     chosen, grid = _choose(bench, val, model, params)
     variants = _variants(chosen, params)

@@ -28,6 +28,8 @@ from mirepro.errors import UserError
 from mirepro.params import DetectParams
 
 ASPECTS = (0.5, 1.0, 2.0)
+COMPARED = 16
+"""Boxes compared with all anchors at a time: all of COCO's at once would take above 100 GB; 16 fit a core's cache."""
 PREDICTORS = ("cls_logits", "bbox_pred", "cls_score", "mask_fcn_logits")
 """Last layers start small (standard deviation .01), as in torchvision's RPN."""
 
@@ -150,7 +152,8 @@ class Detector(nn.Module):
             maps = self.backbone(torch.zeros(1, 3, self.size, self.size))
         images = ImageList(torch.zeros(1, 3, self.size, self.size), [(self.size, self.size)])
         anchors = self.rcnn.rpn.anchor_generator(images, list(maps.values()))[0]
-        best = box_iou(torch.cat(boxes), anchors).amax(1)
+        parts = torch.cat(boxes).split(COMPARED)
+        best = torch.cat([box_iou(part, anchors).amax(1) for part in parts])
         return (best >= 0.5).float().mean().item()
 
 
