@@ -46,7 +46,8 @@ class Trial:
             self.model, self.params, len(self.learnt.categories), len(self.learnt.sigmas),
         )  # fmt: skip
         detection_model.initialise(detector, 0)
-        recall = detector.anchor_recall(self.learnt.boxes())
+        recall = detection.anchor_recall(detector, self.learnt, self.params)
+        detector.to(self.params.device)
         begin = time.monotonic()
         result: dict[str, Any] = {"untrained": self._score(detector, self.learnt)}
         Training(detector, self.learnt, Variant(self.lr), self.params, 0).run()
@@ -87,9 +88,9 @@ def simple(scenes: Scenes, count: int) -> Scenes:
 def trials(options: argparse.Namespace) -> Iterator[Trial]:
     """Every model with every encoder."""
     params = DetectParams(
-        size=options.size, batch=4, epochs=options.epochs, lrs=(options.lr,), oks_sigma=None, min_stride=4,
-        anchors=(0.08, 0.25, 0.65), scales=(0.6, 1.0, 1.6), proposals=60, proposals_before=200, roi_samples=64,
-        keypoint=HeadParams(8, 64, 4), detections=30, sensitivity=(),
+        device=options.device, size=options.size, batch=4, epochs=options.epochs, lrs=(options.lr,), oks_sigma=None,
+        min_stride=4, anchors=(0.08, 0.25, 0.65), scales=(0.6, 1.0, 1.6), min_recall=0.5, proposals=60,
+        proposals_before=200, roi_samples=64, keypoint=HeadParams(8, 64, 4), detections=30, sensitivity=(),
     )  # fmt: skip
     for model in options.models:
         train = detection_data.load(shards.open(options.data, "train"), model, options.size)
@@ -107,8 +108,10 @@ def main() -> None:
     for name, default in (("images", 8), ("size", 128), ("epochs", 200), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=0.004)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the detector is trained")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
+    determinism.check_device("--device", options.device, "exact")
     determinism.configure_torch("exact", options.threads)
     table = Table("encoder", "model", "task", "untrained AP50", "learnt AP50", "learnt AP", "held-out AP50", "s")
     done = []
@@ -121,7 +124,7 @@ def main() -> None:
             table.add_row(*head, before, ap50, ap, held_out, str(result["seconds"]))
     Console().print(table)
     if options.out:
-        names = ("images", "size", "epochs", "lr", "threads")
+        names = ("images", "size", "epochs", "lr", "device", "threads")
         setting = {name: getattr(options, name) for name in names}
         files.write_json(options.out, {"setting": setting, "unit": "%", "trials": done})
 

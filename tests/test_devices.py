@@ -2,11 +2,13 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks import overfit
 from mirepro import checkpoint, determinism, encoders
 from mirepro.errors import UserError
 from mirepro.params import EncoderParams
@@ -36,6 +38,26 @@ def test_a_detector_learns_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         saved |= {"optimiser.0.step": torch.tensor(1.0), "optimiser.0.exp_avg": training._weights[0].detach().cpu()}
         training.resume(checkpoint.Checkpoint(saved, {"step": 1}))
         assert {value.device.type for value in training._optimiser.state[training._weights[0]].values()} == {"cuda"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_overfit_benchmark_trains_where_it_is_told(
+    device: str, pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta device stands for any other than the CPU; each of the two is the other's control."""
+    where = []
+
+    def trained(detector: detection_model.Detector, *_: object) -> SimpleNamespace:
+        where.append(detector.device.type)
+        return SimpleNamespace(run=lambda: None)
+
+    monkeypatch.setattr(overfit, "Training", trained)
+    monkeypatch.setattr(overfit, "calibrate", lambda *_: None)
+    monkeypatch.setattr(overfit.Trial, "_score", lambda self, detector, scenes: where.append(detector.device.type))
+    scenes = _load(FakeSplit(2, 0), "mask", SIZE)
+    params = dataclasses.replace(TINY, device=device)
+    assert overfit.Trial(pretrained, "mask", params, 0.001, scenes, scenes).run()["anchor_recall"] >= 0.95
+    assert where == [device] * 4
 
 
 @pytest.mark.gpu
