@@ -1,17 +1,21 @@
 """COCO import: boxes, masks and keypoints arrive unchanged; every damage is one line that names the file."""
 
 import json
+import re
 import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mirepro.data import coco, shards
+from mirepro.data import annotations, coco, shards
 from mirepro.errors import UserError
 
 POINTS = ["nose", "left_eye", "right_eye"]
 CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}]
+NAN, INFINITE = float("nan"), float("inf")
+JUNK = [None, True, "x", -1, 0.5, 10**400, NAN, INFINITE, [], [None], [[1, 2]], {}, {"size": [30, 40], "counts": 3}]
+"""Values that JSON allows; few fields may be one of them."""
 
 
 def annotation(number, image, category, box, segmentation=None):
@@ -108,7 +112,7 @@ def test_missing_and_corrupt_images(source, tmp_path):
     refused(source, tmp_path / "out", r"000000000012\.jpg: 41 x 30 pixels; instances_val2017\.json says 40 x 30")
 
 
-@pytest.mark.parametrize("box", [[30, 3, 12, 4], [-3, 3, 5, 4], [3, 3, 5, -1], [3, 28, 5, 4], [float("nan"), 3, 5, 4]])
+@pytest.mark.parametrize("box", [[30, 3, 12, 4], [-3, 3, 5, 4], [3, 3, 5, -1], [3, 28, 5, 4]])
 def test_a_box_outside_its_image(source, tmp_path, box):
     edited(source, lambda c: c["annotations"][0].update(bbox=box))
     refused(source, tmp_path / "out", r"instances_train2017\.json: annotation 2: box .* outside its image")
@@ -117,14 +121,15 @@ def test_a_box_outside_its_image(source, tmp_path, box):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda c: c["annotations"][0].update(bbox=[1, 2]), "annotation 2: box"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2]), r"annotation 2: bbox: \[1, 2\] is not \[x, y, w"),
         (lambda c: c["annotations"][0].update(image_id=99), "annotation 2: no image 99"),
         (lambda c: c["annotations"][0].update(category_id=7), "annotation 2: no category 7"),
         (lambda c: c["annotations"][2]["segmentation"].update(counts=[5]), "annotation 4: bad segmentation"),
-        (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), "annotation 2: bad segmentation"),
-        (lambda c: c["annotations"][0].pop("bbox"), "annotations: entry without 'bbox'"),
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), "annotation 2: segmentation: .* is not polygons"),
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4, 5, 81]]), "annotation 2: bad segmentation"),
+        (lambda c: c["annotations"][0].pop("bbox"), "annotation 2: no 'bbox'"),
         (lambda c: c.pop("images"), "no list 'images'"),
-        (lambda c: c["images"][0].update(file_name="../../x.jpg"), "image 1: file name '../../x.jpg' leads elsewhere"),
+        (lambda c: c["images"][0].update(file_name="../../x.jpg"), 'image 1: file_name: "../../x.jpg" is not the name'),
         (lambda c: c["categories"].pop(), "categories of train2017 and val2017 differ"),
         (lambda c: c["annotations"].pop(1), r"annotation 3 is not in instances_train2017\.json"),
     ],
@@ -134,9 +139,99 @@ def test_bad_annotations(source, tmp_path, change, match):
     refused(source, tmp_path / "out", match)
 
 
+FIELDS = {
+    "images": ["id", "file_name", "width", "height"],
+    "annotations": ["id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"],
+    "categories": ["id", "name"],
+}
+PEOPLE = {"annotations": ["id", "keypoints"], "categories": ["id", "keypoints"]}
+
+
+def fields(parts):
+    return [(part, key) for part, keys in parts.items() for key in keys]
+
+
+FITTING = {"name": ["x"], "coco_url": ["x"], "area": [0.5], "keypoints": [[]], "neg_category_ids": [[]],
+           "not_exhaustive_category_ids": [[]]}  # fmt: skip
+"""What of `JUNK` has a field's type."""
+
+
+def refused_as_junk(path, part, key, refuse):
+    """Every junk value of the first entry's field, and none at all, is a line that names file, entry and field.
+
+    Args:
+        path: The annotation file; it is as before in the end.
+        part: Its list.
+        key: The field.
+        refuse: Imports, and is told the pattern of the message.
+    """
+    sound = path.read_text()
+    content = json.loads(sound)
+    entry = content[part][0]
+    name = f"{part}[0]" if key == "id" else f"{annotations.ENTRIES[part]} {entry['id']}"
+    for value in JUNK:
+        if value not in FITTING.get(key, []):
+            entry[key] = value
+            path.write_text(json.dumps(content))
+            refuse(rf"{re.escape(f'{path.name}: {name}: {key}: ')}.* is not .*; fetch the file again$")
+    del entry[key]
+    path.write_text(json.dumps(content))
+    refuse(re.escape(f"{path.name}: {name}: no {key!r}; fetch the file again"))
+    path.write_text(sound)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "key"),
+    [*[("instances", *one) for one in fields(FIELDS)], *[("person_keypoints", *one) for one in fields(PEOPLE)]],
+)
+def test_wrong_types(source, tmp_path, kind, part, key):
+    path = source / f"annotations/{kind}_train2017.json"
+    refused_as_junk(path, part, key, lambda match: refused(source, tmp_path / "out", match))
+    coco.import_coco(source, tmp_path / "out")  # control: what was there before
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda c: c["images"].append(c["images"][0]), "image 1: its id stands there twice"),
+        (lambda c: c["annotations"].append(c["annotations"][1]), "annotation 3: its id stands there twice"),
+        (lambda c: c["categories"].append(c["categories"][0]), "category 18: its id stands there twice"),
+        (lambda c: c["images"].insert(0, None), r"images\[0\]: null is no object"),
+        (lambda c: c["annotations"][0].update(id="2"), r'annotations\[0\]: id: "2" is not a whole number'),
+        (lambda c: c["annotations"][0].update(bbox=["3", 3, 5, 4]), r'annotation 2: bbox: \["3", 3, 5, 4\] is not'),
+        (lambda c: c["annotations"][0].update(bbox=[NAN, 3, 5, 4]), r"annotation 2: bbox: \[NaN, 3, 5, 4\] is not"),
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4, 5, INFINITE]]), "annotation 2: segmentation"),
+        (lambda c: c["annotations"][2]["segmentation"].update(counts=[10**14]), "annotation 4: bad segmentation"),
+        (lambda c: c["annotations"][2]["segmentation"].update(counts="o" * 99), "annotation 4: bad segmentation"),
+        (lambda c: c["annotations"][2]["segmentation"].update(size=[40, 30]), "annotation 4: bad segmentation"),
+        (lambda c: c["images"][0].update(file_name="a\0.jpg"), r'image 1: file_name: "a\\u0000\.jpg" is not'),
+        (lambda c: c["images"][0].update(file_name="x" * 999), r'image 1: file_name: "x+\.\.\. is not'),
+    ],
+)
+def test_bad_values_and_ids(source, tmp_path, change, match):
+    edited(source, change)
+    refused(source, tmp_path / "out", rf"instances_train2017\.json: {match}")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        *[(text, "no list 'images'; not a COCO annotation file") for text in ("null", "3", "[]", '"images"', "{}")],
+        ('{"images": {}}', "no list 'images'"),
+        (f'{{"images": {"9" * 5000}}}', "not valid JSON"),
+        (f'{{"images": {"[" * 5000}', "not valid JSON"),
+    ],
+)
+def test_no_object_of_lists(source, tmp_path, text, match):
+    (source / "annotations/instances_val2017.json").write_text(text)
+    refused(source, tmp_path / "out", rf"instances_val2017\.json: {match}")
+
+
 def test_bad_keypoints_and_bad_json(source, tmp_path):
     edited(source, lambda c: c["annotations"][0]["keypoints"].pop(), "person_keypoints")
     refused(source, tmp_path / "out", r"person_keypoints_train2017\.json: annotation 3: 8 keypoint numbers, not 9")
+    edited(source, lambda c: c["annotations"][0].update(keypoints=[8, 9, 3, 7, 8, 1, 0, 0, 0]), "person_keypoints")
+    refused(source, tmp_path / "out", r"train2017\.json: annotation 3: keypoints: \[8, 9, 3, .* is not a list of x, y")
     path = source / "annotations" / "person_keypoints_train2017.json"
     path.write_text(path.read_text()[:-5])
     refused(source, tmp_path / "out", r"person_keypoints_train2017\.json: not valid JSON")

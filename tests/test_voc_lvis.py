@@ -8,6 +8,7 @@ from PIL import Image
 
 from mirepro.data import lvis, shards, voc
 from mirepro.errors import UserError
+from tests.test_coco import fields, refused_as_junk
 
 IDS = {("VOC2007", "trainval"): ["000005", "000007"], ("VOC2012", "trainval"): ["2008_000002"],
        ("VOC2007", "test"): ["000001"]}  # fmt: skip
@@ -72,7 +73,13 @@ def test_voc(devkit, tmp_path):
         ("<xmin>5<", "<xmin>nan<", "object 0: box .* outside its image"),
         ("<xmin>5<", "<xmin>five<", "bndbox/xmin: 'five' is no number"),
         ("<width>40<", "<width>41<", "says 41 x 30 pixels, its image has 40 x 30"),
+        ("<xmin>5<", "<xmin><", "bndbox/xmin: '' is no number"),
+        ("<ymax>17</ymax>", "", "bndbox/ymax: None is no number"),
+        ("<width>40</width>", "", "size/width: None is no number"),
+        ("<width>40<", "<width>inf<", "says inf x 30 pixels, its image has 40 x 30"),
+        ("<difficult>0<", "<difficult>yes<", "object 0: difficult: 'yes' is not 0 or 1"),
         ("<name>dog<", "<name>dragon<", "object 0: no category 'dragon'"),
+        ("<name>dog</name>", "", "object 0: no category ''"),
     ],
 )
 def test_bad_voc_annotations(devkit, tmp_path, old, new, match):
@@ -148,17 +155,17 @@ def test_lvis(source, tmp_path):
     ("change", "match"),
     [
         (lambda c: c["annotations"][0].update(bbox=[30, 3, 12, 4]), "annotation 7: box .* outside its image"),
-        (lambda c: c["annotations"][0].update(bbox=[float("nan"), 3, 5, 4]), "annotation 7: box"),
+        (lambda c: c["annotations"][0].update(bbox=[float("nan"), 3, 5, 4]), "annotation 7: bbox: .NaN, 3"),
         (lambda c: c["annotations"][0].update(category_id=2), "annotation 7: no category 2"),
         (lambda c: c["annotations"][0].update(image_id=99), "annotation 7: no image 99"),
-        (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), "annotation 7: bad segmentation"),
-        (lambda c: c["annotations"][0].pop("area"), "annotations: entry without 'area'"),
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), "annotation 7: segmentation: .* is not polygons"),
+        (lambda c: c["annotations"][0].pop("area"), "annotation 7: no 'area'"),
         (lambda c: c["images"][0].update(neg_category_ids=[9]), "image 1: neg_category_ids: no category 9"),
         (
             lambda c: c["images"][0].update(coco_url="http://images.cocodataset.org/train2017/../x.jpg"),
             "leads elsewhere",
         ),
-        (lambda c: c["categories"][0].update(frequency="q"), "frequency 'q' is not r, c or f"),
+        (lambda c: c["categories"][0].update(frequency="q"), 'category 3: frequency: "q" is not r, c or f'),
         (lambda c: c["images"].pop(), "2 images of 2 categories, not 3 of 2"),
         (lambda c: c["categories"][0].update(name="lion"), "categories of .* differ"),
         (lambda c: c.pop("images"), "no list 'images'"),
@@ -169,6 +176,27 @@ def test_bad_lvis_annotations(source, tmp_path, change, match):
     change(content)
     (source / lvis.FILES["train"]).write_text(json.dumps(content))
     refused(lvis.import_lvis, source, tmp_path / "out", match)
+
+
+@pytest.mark.parametrize(("part", "key"), fields({
+    "images": ["id", "coco_url", "width", "height", "neg_category_ids", "not_exhaustive_category_ids"],
+    "annotations": ["id", "image_id", "category_id", "bbox", "area", "segmentation"],
+    "categories": ["id", "name", "frequency"],
+}))  # fmt: skip
+def test_wrong_types_in_lvis(source, tmp_path, part, key):
+    path = source / lvis.FILES["train"]
+    refused_as_junk(path, part, key, lambda match: refused(lvis.import_lvis, source, tmp_path / "out", match))
+    lvis.import_lvis(source, tmp_path / "out")  # control: what was there before
+
+
+@pytest.mark.parametrize("part", ["images", "annotations", "categories"])
+def test_an_id_that_stands_twice_in_lvis(source, tmp_path, part):
+    path = source / lvis.FILES["test"]
+    content = json.loads(path.read_text())
+    content[part].append(content[part][0])
+    path.write_text(json.dumps(content))
+    number = content[part][0]["id"]
+    refused(lvis.import_lvis, source, tmp_path / "out", rf"lvis_v1_val\.json: \w+ {number}: its id stands there twice")
 
 
 def test_damaged_lvis(source, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mirepro import rng
-from mirepro.data import masks, shards, sources
+from mirepro.data import annotations, shards, sources
 from mirepro.data.shards import Sample
 from mirepro.errors import UserError
 
@@ -18,8 +18,18 @@ PARTS = {"train": "train2017", "val": "train2017", "test": "val2017"}
 SIGMAS = [0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087,
           0.089, 0.089]  # fmt: skip
 """Standard deviations of the person keypoints in pycocotools' evaluation."""
-SLACK = 1.0
-"""Pixels that a box may stick out: COCO's own boxes are rounded."""
+FIELDS = {
+    "images": {"id": annotations.ID, "file_name": annotations.FILE, "width": annotations.PIXELS,
+               "height": annotations.PIXELS},
+    "annotations": {"id": annotations.ID, "image_id": annotations.ID, "category_id": annotations.ID,
+                    "bbox": annotations.BOX, "area": annotations.AREA, "iscrowd": annotations.FLAG,
+                    "segmentation": annotations.SHAPE},
+    "categories": {"id": annotations.ID, "name": annotations.TEXT},
+}  # fmt: skip
+PEOPLE = {
+    "annotations": {"id": annotations.ID, "keypoints": annotations.POSE},
+    "categories": {"id": annotations.ID, "keypoints": annotations.TEXTS},
+}
 
 Counts = dict[str, dict[str, int]]
 
@@ -57,10 +67,11 @@ class _Part:
         self.images_folder = base / name
         self.path = base / "annotations" / f"instances_{name}.json"
         self.people_path = base / "annotations" / f"person_keypoints_{name}.json"
-        instances, people = (sources.read_annotations(path, "a COCO", _KEYS) for path in (self.path, self.people_path))
+        instances = annotations.read(self.path, "a COCO", FIELDS)
+        people = annotations.read(self.people_path, "a COCO", PEOPLE)
         self.categories = sorted((c["id"], c["name"]) for c in instances["categories"])
         self.numbers = {number: i for i, (number, _) in enumerate(self.categories)}
-        self.points: list[str] = next((c["keypoints"] for c in people["categories"] if c.get("keypoints")), [])
+        self.points: list[str] = next((c["keypoints"] for c in people["categories"] if c["keypoints"]), [])
         self.poses = {a["id"]: self._pose(a) for a in people["annotations"]}
         self.images = sorted(instances["images"], key=lambda i: i["id"])
         self.annotations = self._by_image(instances["annotations"])
@@ -71,7 +82,7 @@ class _Part:
         self.counts = dict.fromkeys(("images", "objects", "crowd", "keypoints", "dropped"), 0)
 
     def _pose(self, annotation: dict[str, Any]) -> list[float]:
-        pose = annotation.get("keypoints", [])
+        pose = annotation["keypoints"]
         if len(pose) != 3 * len(self.points):
             raise UserError(f"{self.people_path}: annotation {annotation['id']}: {len(pose)} keypoint numbers, "
                             f"not {3 * len(self.points)}")  # fmt: skip
@@ -101,8 +112,6 @@ class _Part:
         """All images in the order of their ids."""
         for image in self.images:
             path = self.images_folder / image["file_name"]
-            if path.name != image["file_name"]:
-                raise UserError(f"{self.path}: image {image['id']}: file name {image['file_name']!r} leads elsewhere")
             content, size = sources.read_image(path)
             if size != (image["width"], image["height"]):
                 raise UserError(f"{path}: {size[0]} x {size[1]} pixels; {self.path.name} says "
@@ -116,7 +125,7 @@ class _Part:
         where = f"{self.path}: annotation {one['id']}"
         if one["category_id"] not in self.numbers:
             raise UserError(f"{where}: no category {one['category_id']}")
-        self._check_shape(one, width, height, where)
+        annotations.check_shape(one, width, height, where)
         if min(one["bbox"][2:]) <= 0:
             self.counts["dropped"] += 1
             return None
@@ -128,25 +137,3 @@ class _Part:
             "bbox": one["bbox"], "category": self.numbers[one["category_id"]], "area": float(one["area"]),
             "iscrowd": one["iscrowd"], "segmentation": one["segmentation"], "keypoints": pose,
         }  # fmt: skip
-
-    def _check_shape(self, one: dict[str, Any], width: int, height: int, where: str) -> None:
-        box, segmentation = one["bbox"], one["segmentation"]
-        if len(box) != 4 or not all(isinstance(b, int | float) for b in box):
-            raise UserError(f"{where}: box {box} is not [x, y, width, height]")
-        x, y, w, h = box
-        if not (min(x, y) >= -SLACK and min(w, h) >= 0 and x + w <= width + SLACK and y + h <= height + SLACK):
-            raise UserError(f"{where}: box {box} lies outside its image of {width} x {height} pixels")
-        try:
-            if isinstance(segmentation, dict):
-                masks.decode(segmentation, height, width)
-            elif not segmentation or any(len(p) < 6 or len(p) % 2 for p in segmentation):
-                raise ValueError("no polygon of three points")
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{where}: bad segmentation ({error})") from error
-
-
-_KEYS = {
-    "images": ("id", "file_name", "width", "height"),
-    "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"),
-    "categories": ("id", "name"),
-}

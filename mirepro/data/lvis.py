@@ -6,7 +6,6 @@ Girshick, LVIS: a dataset for large vocabulary instance segmentation (2019); htt
 """
 
 import hashlib
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,25 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from mirepro import files, rng
-from mirepro.data import masks, shards, sources
+from mirepro.data import annotations, shards, sources
 from mirepro.data.shards import Sample
 from mirepro.errors import UserError
 
 FILES = {"train": "lvis_v1_train.json", "test": "lvis_v1_val.json"}
 COUNTS = {"train": 100_170, "test": 19_809}
 CATEGORIES = 1203
-FREQUENCIES = ("r", "c", "f")
-SLACK = 1.0
-"""Pixels that a box may stick out of its image."""
+RULES = ("neg_category_ids", "not_exhaustive_category_ids")
+FIELDS = {
+    "images": {"id": annotations.ID, "coco_url": annotations.TEXT, "width": annotations.PIXELS,
+               "height": annotations.PIXELS, **dict.fromkeys(RULES, annotations.IDS)},
+    "annotations": {"id": annotations.ID, "image_id": annotations.ID, "category_id": annotations.ID,
+                    "bbox": annotations.BOX, "area": annotations.AREA, "segmentation": annotations.SHAPE},
+    "categories": {"id": annotations.ID, "name": annotations.TEXT,
+                   "frequency": annotations.Kind("r, c or f", lambda value: value in ("r", "c", "f"))},
+}  # fmt: skip
 CHOICE = 15
 """Epoch word of the draw that chooses the validation tenth."""
 
 _URL = re.compile(r"https?://images\.cocodataset\.org/((?:train|val)2017/\d{12}\.jpg)")
-_KEYS = {
-    "images": ("id", "coco_url", "width", "height", "neg_category_ids", "not_exhaustive_category_ids"),
-    "annotations": ("id", "image_id", "category_id", "bbox", "area", "segmentation"),
-    "categories": ("id", "name", "frequency"),
-}
 
 Counts = dict[str, dict[str, int]]
 
@@ -79,7 +79,7 @@ class _Part:
         self.base = base
         inner = base / "annotations" / FILES[name]
         self.path = inner if inner.is_file() else base / FILES[name]
-        content = _read(self.path)
+        content = annotations.read(self.path, "an LVIS", FIELDS)
         if len(content["images"]) != COUNTS[name] or len(content["categories"]) != CATEGORIES:
             raise UserError(f"{self.path}: {len(content['images'])} images of {len(content['categories'])} categories, "
                             f"not {COUNTS[name]} of {CATEGORIES}; fetch it again")  # fmt: skip
@@ -103,7 +103,7 @@ class _Part:
 
     def federated(self, images: list[dict[str, Any]]) -> dict[str, list[list[int]]]:
         """For each image's key: categories that are absent, and those that were not searched exhaustively."""
-        return {f"{image['id']:012d}": [self._known(image, key) for key in _KEYS["images"][4:]] for image in images}
+        return {f"{image['id']:012d}": [self._known(image, key) for key in RULES] for image in images}
 
     def _known(self, image: dict[str, Any], key: str) -> list[int]:
         for number in image[key]:
@@ -114,7 +114,7 @@ class _Part:
     def samples(self, images: list[dict[str, Any]], counts: dict[str, int]) -> Iterator[Sample]:
         """The images with their objects."""
         for image in images:
-            match = _URL.fullmatch(str(image["coco_url"]))
+            match = _URL.fullmatch(image["coco_url"])
             if match is None:
                 raise UserError(f"{self.path}: image {image['id']}: coco_url {image['coco_url']!r} leads elsewhere")
             content, size = sources.read_image(self.base / match[1])
@@ -132,36 +132,6 @@ class _Part:
         where = f"{self.path}: annotation {one['id']}"
         if one["category_id"] not in self.numbers:
             raise UserError(f"{where}: no category {one['category_id']}")
-        box = one["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and all(_finite(b) for b in box)):
-            raise UserError(f"{where}: box {box} is not [x, y, width, height]")
-        x, y, w, h = box
-        if not (min(x, y) >= -SLACK and min(w, h) >= 0 and x + w <= width + SLACK and y + h <= height + SLACK):
-            raise UserError(f"{where}: box {box} lies outside its image of {width} x {height} pixels")
-        try:
-            shape = one["segmentation"]
-            if not isinstance(shape, dict) and (not shape or any(len(p) < 6 or len(p) % 2 for p in shape)):
-                raise ValueError("no polygon of three points")
-            if isinstance(shape, dict):
-                masks.decode(shape, height, width)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{where}: bad segmentation ({error})") from error
-        return {"bbox": box, "category": self.numbers[one["category_id"]], "area": float(one["area"]), "iscrowd": 0,
-                "segmentation": shape, "keypoints": []}  # fmt: skip
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """An annotation file with the keys that LVIS defines.
-
-    Raises:
-        UserError: Missing, bad JSON, keys are missing, or a frequency is unknown.
-    """
-    content = sources.read_annotations(path, "an LVIS", _KEYS)
-    for one in content["categories"]:
-        if one["frequency"] not in FREQUENCIES:
-            raise UserError(f"{path}: category {one['id']}: frequency {one['frequency']!r} is not r, c or f")
-    return content
+        annotations.check_shape(one, width, height, where)
+        return {"bbox": one["bbox"], "category": self.numbers[one["category_id"]], "area": float(one["area"]),
+                "iscrowd": 0, "segmentation": one["segmentation"], "keypoints": []}  # fmt: skip

@@ -7,10 +7,9 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -97,26 +96,3 @@ def read_image(path: Path) -> tuple[bytes, tuple[int, int]]:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).partition(" <_io")[0]
         raise UserError(f"{path}: corrupt image ({reason}); fetch it again") from error
-
-
-def read_annotations(path: Path, kind: str, keys: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """A JSON annotation file of lists whose entries have the keys that its format defines.
-
-    Args:
-        path: The file.
-        kind: What it should be, with its article, for the message.
-        keys: Keys of the entries of each list.
-
-    Raises:
-        UserError: Missing, bad JSON, or a list or key is missing.
-    """
-    content = files.read_json(path)
-    for part, wanted in keys.items():
-        entries = content.get(part) if isinstance(content, dict) else None
-        if not isinstance(entries, list):
-            raise UserError(f"{path}: no list {part!r}; not {kind} annotation file")
-        for entry in entries:
-            missing = [key for key in wanted if not isinstance(entry, dict) or key not in entry]
-            if missing:
-                raise UserError(f"{path}: {part}: entry without {missing[0]!r}: {str(entry)[:60]}")
-    return dict(content)

@@ -145,7 +145,9 @@ def _object(node: ElementTree.Element, place: int, path: Path, size: tuple[int, 
     if not (1 <= x1 <= x2 <= size[0] and 1 <= y1 <= y2 <= size[1]):
         raise UserError(f"{path}: object {place}: box {[x1, y1, x2, y2]} lies outside its image of "
                         f"{size[0]} x {size[1]} pixels")  # fmt: skip
+    difficult = (node.findtext("difficult") or "0").strip()
+    if difficult not in ("0", "1"):
+        raise UserError(f"{path}: object {place}: difficult: {difficult!r} is not 0 or 1; fetch it again")
     width, height = x2 - x1 + 1, y2 - y1 + 1
     return {"bbox": [x1 - 1, y1 - 1, width, height], "category": CATEGORIES.index(name), "area": width * height,
-            "iscrowd": int((node.findtext("difficult") or "0").strip() == "1"), "segmentation": [],
-            "keypoints": []}  # fmt: skip
+            "iscrowd": int(difficult), "segmentation": [], "keypoints": []}  # fmt: skip
