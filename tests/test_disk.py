@@ -13,6 +13,7 @@ from miniature import Miniature
 
 from mirepro import checkpoint, execution, files, pretrain
 from mirepro.errors import UserError
+from tests.copied import lacking
 from tests.test_pretrain import bytes_of, data, run, train
 
 __all__ = ["data"]
@@ -25,10 +26,19 @@ def small(tmp_path: Path):
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("mounting a tmpfs needs root")
+        lacking("root, and the right to mount a tmpfs")
     yield folder
     # The last processes of a command may still be about to leave.
     until(lambda: subprocess.run(["umount", str(folder)], capture_output=True).returncode == 0, 60, "unmounting")
+
+
+@pytest.mark.parametrize(("required", "outcome"), [("1", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_a_missing_right_is_a_failure_where_everything_is_required(
+    monkeypatch: pytest.MonkeyPatch, required: str, outcome: type[BaseException]
+):
+    monkeypatch.setenv("MIREPRO_REQUIRE_INFRA", required)
+    with pytest.raises(outcome, match="needs the right to mount"):
+        lacking("the right to mount")
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_old_file(small: Path):
