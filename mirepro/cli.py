@@ -163,8 +163,13 @@ def import_data(
     root = profiles.find_root()
     from mirepro.data import catalogue
 
-    for split, counts in catalogue.load(kind, path, out or root / "data" / kind, side, jobs).items():
+    folder = out or root / "data" / kind
+    manifest = folder / "manifest.json"
+    before = manifest.read_bytes() if manifest.is_file() else None
+    for split, counts in catalogue.load(kind, path, folder, side, jobs).items():
         print(f"{split}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
+    if before is not None and manifest.read_bytes() != before:
+        print(f"{manifest}: differs from the one before; results of that data are stale (`git diff`, `mirepro status`)")
 
 
 @data_app.command()
@@ -299,14 +304,27 @@ def main() -> None:
             raise
         complain(f"{error.name} is not installed in {sys.executable}; run `make setup`, then `. .venv/bin/activate`", 2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS):
-            raise
-        complain(str(files.refusal(Path(error.filename or Path.cwd()), error)), 2)
+        complain(str(unusable(error)), 2)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
         complain("interrupted; the same command continues", INTERRUPTED)
     sys.exit(code)
+
+
+def unusable(error: OSError) -> UserError:
+    """What a file or folder that cannot be read or written is to the user.
+
+    Raises:
+        OSError: The given one, where neither a path nor the disk is at fault: a bug, whose traceback is wanted.
+    """
+    disk = error.errno in (errno.ENOSPC, errno.EROFS)
+    if error.filename is None and not disk:
+        raise error
+    path = Path(str(error.filename or Path.cwd()))
+    if disk:
+        return files.refusal(path, error)
+    return UserError(f"{path}: {error.strerror}; check that it is there and that you may read and write it")
 
 
 def complain(message: str, code: int) -> None:
