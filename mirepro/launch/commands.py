@@ -12,7 +12,7 @@ import typer
 
 from mirepro import profiles
 from mirepro.errors import UserError
-from mirepro.launch.launcher import Launcher, create, label, name
+from mirepro.launch.launcher import Launcher, create, label, logs_of, name
 from mirepro.launch.ledger import Attempt, Entry, Ledger, Status
 from mirepro.launch.scheduler import Unreachable
 
@@ -52,9 +52,9 @@ class Known:
             return Status("unreachable", detail=str(error))
 
     @property
-    def log(self) -> Path:
-        """The newest attempt's log."""
-        return self.launcher.root / self.attempt.folder / f"{label(self.attempt.job)}_0_log.out"
+    def logs(self) -> list[Path]:
+        """The newest attempt's logs, the one to read first in front."""
+        return logs_of(self.launcher.root / self.attempt.folder, self.attempt.job)
 
 
 def known(root: Path) -> list[Known]:
@@ -113,21 +113,26 @@ def logs(
     job: Annotated[str, typer.Argument(help="a job id, a stage, or the beginning of a fingerprint")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="until the job ends")] = False,
 ) -> None:
-    """Print the log of a job."""
+    """Print the log of a job; of several ranks that of the first to fail, then rank 0's."""
     item = select(profiles.find_root(), [job])[0]
-    if not follow and not item.log.is_file():
-        raise UserError(f"{item.log}: no log yet; the job is {item.status.state or item.status.phase}")
-    for text in _lines(item, follow):
-        print(text, end="", flush=True)
+    if not follow and not item.logs[0].is_file():
+        raise UserError(f"{item.logs[0]}: no log yet; the job is {item.status.state or item.status.phase}")
+    shown: list[Path] = []
+    while left := [log for log in item.logs if log not in shown]:  # a rank may fail while rank 0's log is followed
+        if len(shown) + len(left) > 1:
+            print(f"==> {left[0]} <==")
+        for text in _lines(left[0], item, follow):
+            print(text, end="", flush=True)
+        shown.append(left[0])
 
 
-def _lines(item: Known, follow: bool) -> Iterator[str]:
-    """The log's text as it grows; ends with the job."""
+def _lines(log: Path, item: Known, follow: bool) -> Iterator[str]:
+    """A log's text as it grows; ends with the job."""
     position = 0
     while True:
         over = not follow or not item.status.alive
-        if item.log.is_file():
-            with item.log.open("rb") as file:
+        if log.is_file():
+            with log.open("rb") as file:
                 file.seek(position)
                 text = file.read()
             position += len(text)

@@ -20,11 +20,12 @@ from mirepro.launch.task import Task, stamp
 from mirepro.site import Site
 
 FASTEST = 0.25  # seconds between the first looks
+TAIL = 20  # lines of a traceback or a log below a message
 ALONE = re.compile(r"rank \d+: lost the other ranks")  # see `mirepro.ranks`
 
 
 class JobFailed(Exception):
-    """A stage's job failed for good; the message names the reason and the log."""
+    """A stage's job failed for good; the message names the reason and the log, and what the job said stands below."""
 
 
 class Detached(Exception):
@@ -120,14 +121,13 @@ class Handle:
     Attributes:
         status: What the scheduler said last.
         job: The scheduler's id of the newest attempt.
-        log: The newest attempt's log.
         notes: What happened since the start, in the order of events.
     """
 
     def __init__(self, launcher: Launcher, ticket: Ticket) -> None:
         self._launcher, self.ticket = launcher, ticket
         self.status = Status("queued")
-        self.job, self.log = "", Path()
+        self.job, self._folder = "", Path()
         self.notes: list[str] = []
         self._gone: tuple[str, float] | None = None
 
@@ -135,6 +135,11 @@ class Handle:
     def label(self) -> str:
         """The job's id for people."""
         return label(self.job)
+
+    @property
+    def log(self) -> Path:
+        """The newest attempt's log; of several ranks' that of the first to fail."""
+        return logs_of(self._folder, self.job)[0]
 
     def poll(self) -> bool:
         """Looks once and acts; True when the result stands.
@@ -182,8 +187,7 @@ class Handle:
     def _show(self, entry: Entry) -> None:
         last = entry.last
         if last is not None and last.job:
-            self.job = last.job
-            self.log = self._launcher.root / last.folder / f"{label(last.job)}_0_log.out"
+            self.job, self._folder = last.job, self._launcher.root / last.folder
 
     def _sight(self, last: Attempt | None) -> Sight:
         """Looks at the result, then at the job's own message, then at the scheduler."""
@@ -248,11 +252,15 @@ class Handle:
         self.status = Status("queued")
 
     def _complaint(self, reason: str) -> str:
-        if not self.log.name:
-            return f"{self.ticket.stage}: job {self.label}: {reason}"
-        section = self._launcher.site.section(self.ticket.kind)
-        said = "; ".join(filter(None, (reason, complaint(section, self.log.parent, self.label))))
-        return f"{self.ticket.stage}: job {self.label}: {said}; log: {self.log}"
+        """Reason and log in a line; below it the traceback of the rank that failed first, or the log where none did."""
+        head = f"{self.ticket.stage}: job {self.label}"
+        if not self.job:
+            return f"{head}: {reason}"
+        section, failure, log = self._launcher.site.section(self.ticket.kind), outcome(self._folder, self.job), self.log
+        said = "; ".join(filter(None, (reason, complaint(section, self._folder, self.label))))
+        whose = f"log of rank {failure.rank}" if failure and failure.rank else "log"
+        below = failure.trace if failure else _text(log)
+        return "\n".join([f"{head}: {said}; {whose}: {log}", *below.splitlines()[-TAIL:]])
 
 
 @contextmanager
@@ -296,6 +304,20 @@ def outcome(folder: Path, job: str) -> Failure | None:
     return next(filter(None, found), None)
 
 
+def logs_of(folder: Path, job: str) -> list[Path]:
+    """The logs that tell of a job: of the rank that failed first, then of rank 0, which has the scheduler's words."""
+    failure = outcome(folder, job)
+    ranks = dict.fromkeys((failure.rank if failure else 0, 0))
+    return [folder / f"{label(job)}_{rank}_log.out" for rank in ranks]
+
+
+def _text(log: Path) -> str:
+    try:
+        return log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 def _age(path: Path) -> float:
     try:
         return path.stat().st_mtime
@@ -308,10 +330,12 @@ def _failure(path: Path) -> Failure | None:
         kind, value = pickle.loads(path.read_bytes())
     except (OSError, EOFError, pickle.UnpicklingError):
         return None
+    rank = int(path.name.split("_")[-2])
     if kind == "success":
         # A rank that lost the others says only that: what became of them stands elsewhere, a requeue perhaps.
-        return None if value is None or ALONE.match(str(value)) else Failure(str(value), refused=True)
+        return None if value is None or ALONE.match(str(value)) else Failure(str(value), True, rank=rank)
     lines = str(value).strip().splitlines()
     if lines and "['scontrol', 'requeue'" in lines[-1]:
         return None  # refused where Slurm is requeueing a preempted job already: the scheduler's word counts
-    return Failure(re.sub("0x[0-9a-f]+", "0x", lines[-1] if lines else "unknown error"), trace=str(value))
+    reason = re.sub("0x[0-9a-f]+", "0x", lines[-1] if lines else "unknown error")
+    return Failure(reason, trace="\n".join(lines), rank=rank)

@@ -47,11 +47,19 @@ class Status:
 
 @dataclass(frozen=True)
 class Failure:
-    """What a job said when it failed; `refused` means bad input, which no repetition cures."""
+    """What a job said when it failed.
+
+    Attributes:
+        reason: Its last line.
+        refused: Whether it is bad input, which no repetition cures.
+        trace: Its traceback; a refusal has none.
+        rank: Which of its processes said so.
+    """
 
     reason: str
     refused: bool = False
     trace: str = ""
+    rank: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from mirepro.launch import jobs
 from mirepro.launch.launcher import FASTEST, Handle, JobFailed, Launcher
 from mirepro.profiles import Profile
 
-TAIL = 20  # lines of a failed job's log
-
 
 class Remote:
     """A launched computation that looks like a process.
@@ -55,7 +53,7 @@ class Remote:
             self._code = 0 if self.handle.poll() else None
         except (JobFailed, UserError) as error:
             self._code = 1
-            self._write(f"{error}\n{tail(self.handle.log)}")
+            self._write(str(error))
         for note in self.handle.notes[self._told :]:
             self._write(note)
         self._told = len(self.handle.notes)
@@ -100,11 +98,3 @@ class Dispatch:
         if ticket is None:
             return None
         return Remote(self._launcher.start(ticket), log, self._launcher.site.poll)
-
-
-def tail(log: Path) -> str:
-    """The end of a job's log, or nothing."""
-    try:
-        return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:])
-    except OSError:
-        return ""

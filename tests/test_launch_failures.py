@@ -1,0 +1,136 @@
+"""What a job that failed says: the traceback of the rank that failed first, in every place that people read."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from mirepro.errors import UserError
+from mirepro.launch import commands, waves
+from mirepro.launch.launcher import TAIL, Handle, JobFailed, Launcher, Ticket
+from mirepro.launch.ledger import Attempt, Status
+from mirepro.launch.remote import Remote
+from mirepro.launch.scheduler import Request
+from mirepro.site import Section, Site
+
+TRACE = 'Traceback (most recent call last):\n  File "a.py", line 7, in step\n    1 / 0\nZeroDivisionError: the cause\n'
+LOST = ("success", "rank 0: lost the other ranks (closed); the first error says why; the same command resumes")
+
+
+class Ended:
+    """A scheduler whose only job has ended."""
+
+    def cluster(self) -> str:
+        return "here"
+
+    def submit(self, request: Request) -> str:
+        return "7"
+
+    def status(self, attempt: Attempt, name: str) -> Status:
+        return Status("ended", "FAILED", detail="NonZeroExitCode")
+
+
+def failed(root: Path, *results: Any) -> Handle:
+    """A job whose ranks left these results, the last one first; each has a log."""
+    site = Site("here", settle=0.0, retries=0, sections={"pretrain": Section(tasks=len(results))})
+    handle = Launcher(root, site, Ended()).start(Ticket("pretrain@a", "pretrain", "f", root / "work", print, 1))  # type: ignore[arg-type]
+    assert not handle.poll(), "it is submitted first"
+    for rank, result in enumerate(results):
+        handle.log.with_name(f"7_{rank}_log.out").write_text(f"rank {rank} starts\n" + "step\n" * 50)
+        if result is not None:
+            path = handle.log.with_name(f"7_{rank}_result.pkl")
+            path.write_bytes(pickle.dumps(result))
+            os.utime(path, (1000 - rank, 1000 - rank))
+    return handle
+
+
+def said(handle: Handle) -> list[str]:
+    """The message's lines; the stage's log and the summary have the same."""
+    with pytest.raises(JobFailed) as caught:
+        handle.poll()
+    lines = str(caught.value).splitlines()
+    log = handle.log.with_name("stage.log")
+    remote = Remote(handle, log, 1.0)
+    assert remote.exitcode == 1
+    assert log.read_text() == f"mirepro: {caught.value}\n"
+    summary = waves._complaint(waves.Running("pretrain@a", remote, log, log)).splitlines()
+    assert summary[1:] == [f"mirepro: {lines[0]}", *lines[1:]]
+    return lines
+
+
+def test_the_first_failed_rank_speaks_and_its_log_is_named(tmp_path: Path) -> None:
+    first, *rest = said(handle := failed(tmp_path, LOST, ("error", "ValueError: late"), ("error", TRACE)))
+    assert "job 7: ZeroDivisionError: the cause " in first
+    assert first.endswith(f"; log of rank 2: {handle.log}")
+    assert handle.log.name == "7_2_log.out"
+    assert rest == TRACE.splitlines()
+
+
+def test_a_job_of_one_rank_says_it_once(tmp_path: Path) -> None:
+    """Neither the rank nor the log's other lines; control: a job that left no word of its own."""
+    first, *rest = said(handle := failed(tmp_path, ("error", TRACE)))
+    assert first.endswith(f"; log: {handle.log}")
+    assert rest == TRACE.splitlines()
+    first, *rest = said(failed(tmp_path / "control", None))
+    assert "FAILED NonZeroExitCode, without a result" in first
+    assert rest == ["step"] * TAIL
+
+
+def test_a_long_traceback_is_cut_so_that_the_summary_has_the_reason(tmp_path: Path) -> None:
+    lines = said(failed(tmp_path, ("error", "\n".join(["deeper"] * 100 + ["ValueError: deep"]))))
+    assert len(lines) == 1 + TAIL
+    assert lines[-1] == "ValueError: deep"
+
+
+def test_a_refusal_is_one_line(tmp_path: Path) -> None:
+    (line,) = said(failed(tmp_path, LOST, ("success", "rows.x: impossible; use y")))
+    assert "job 7: rows.x: impossible; use y; log of rank 1: " in line
+
+
+def printed(handle: Handle, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    """What `mirepro jobs logs` prints."""
+    (entry,) = handle._launcher.ledger.entries()
+    known = commands.Known(entry, entry.attempts[-1], handle._launcher)
+    monkeypatch.setattr(commands, "select", lambda *_: [known])
+    return CliRunner().invoke(commands.jobs_app, ["logs", *words, "7"]).stdout
+
+
+@pytest.mark.parametrize("results", [(LOST, ("error", TRACE)), (("error", TRACE), LOST), (("error", TRACE),), (None,)])
+def test_the_log_to_read_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: tuple[Any, ...]) -> None:
+    """Control: where that is rank 0's, or no rank is known to have failed, it is alone and has no heading."""
+    handle = failed(tmp_path, *results)
+    lines = [line for line in printed(handle, monkeypatch).splitlines() if line != "step"]
+    names = [f"==> {handle.log.with_name(f'7_{rank}_log.out')} <==" for rank in (1, 0)]
+    later = results[0] == LOST
+    assert lines == ([names[0], "rank 1 starts", names[1], "rank 0 starts"] if later else ["rank 0 starts"])
+
+
+def test_a_rank_that_fails_while_the_log_is_followed_is_shown_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = failed(tmp_path, LOST, None)
+
+    def fail(*_: object) -> Status:
+        handle.log.with_name("7_1_result.pkl").write_bytes(pickle.dumps(("error", TRACE)))
+        return Status("ended")
+
+    monkeypatch.setattr(Ended, "status", fail)
+    shown = printed(handle, monkeypatch, "-f")
+    assert shown.startswith("rank 0 starts\nstep\n")
+    assert f"step\n==> {handle.log} <==\nrank 1 starts\nstep\n" in shown
+
+
+def test_a_refused_submission_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the end of an earlier attempt's log, too."""
+
+    def refuse(*_: object) -> bool:
+        raise UserError("sbatch: no")
+
+    handle = failed(tmp_path, None)
+    monkeypatch.setattr(handle, "poll", refuse)
+    remote = Remote(handle, tmp_path / "stage.log", 1.0)
+    assert remote.exitcode == 1
+    assert (tmp_path / "stage.log").read_text() == "mirepro: sbatch: no\n"
