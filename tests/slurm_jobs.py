@@ -22,10 +22,10 @@ def refuse(work: Path) -> None:
     raise UserError("rows.x: impossible; use y")
 
 
-def count(work: Path, steps: int, seconds: float) -> None:
+def count(work: Path, steps: int, seconds: float, stops: int = 1) -> None:
     """Counts to `steps`, one checkpoint each, going on where an earlier run stopped; notes where each run began.
 
-    Only the first run pauses between the steps: it lasts until it is stopped, and the one that resumes it ends at once.
+    Only the first `stops` runs pause between the steps: they last until they are stopped, and the next ends at once.
     """
     state = work / "state"
     state.mkdir(parents=True, exist_ok=True)
@@ -34,8 +34,9 @@ def count(work: Path, steps: int, seconds: float) -> None:
     first = int(checkpoint.read_text()) if checkpoint.exists() else 0
     with (work / "runs").open("a") as file:
         file.write(f"{os.environ.get('SLURM_JOB_ID')} {first}\n")
+    pauses = len((work / "runs").read_text().splitlines()) <= stops
     for step in range(first, steps):
-        time.sleep(0.0 if first else seconds)
+        time.sleep(seconds if pauses else 0.0)
         fresh = state / ".step"
         fresh.write_text(str(step + 1))
         os.replace(fresh, checkpoint)

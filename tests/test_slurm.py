@@ -2,10 +2,12 @@
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,16 +17,27 @@ import yaml
 from cluster import Cluster, until
 from miniature import Miniature
 from slurm_bench import HERE, Bench, cluster, living, own, tidy
+from typer.testing import CliRunner
 
 from mirepro import checkpoint
 from mirepro.errors import UserError
-from mirepro.launch import slurm
+from mirepro.launch import commands, slurm, waves
 from mirepro.launch.launcher import JobFailed
+from mirepro.launch.remote import Remote
 from tests.test_pretrain import bytes_of, data, run, train
 
 __all__ = ["cluster", "data", "own", "tidy"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.infra]
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """What `mirepro jobs` prints about a bench in the test's folder."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "test.toml").write_text("poll = 0.5\n")
+    monkeypatch.setattr(commands.profiles, "find_root", lambda: tmp_path)
+    return lambda *words: CliRunner().invoke(commands.jobs_app, words, catch_exceptions=False).stdout
 
 
 def test_the_shared_cluster_would_show_a_drained_node(cluster: Cluster) -> None:
@@ -63,15 +76,28 @@ def test_what_sbatch_refuses_is_one_line(cluster: Cluster, tmp_path: Path) -> No
     assert not bench.attempts()
 
 
-def test_time_limit_requeues_and_resumes(cluster: Cluster, tmp_path: Path) -> None:
-    """The signal comes 30 to 60 s after the start, because Slurm looks at limits twice a minute."""
-    bench = Bench(tmp_path, slurm_jobs.count, 500, 0.3, time=2, grace=90)
-    bench.wait()
+def test_every_time_limit_requeues_and_the_job_resumes(cluster: Cluster, tmp_path: Path) -> None:
+    """Two of them; the signal comes 30 to 60 s after a start, because Slurm looks at limits twice a minute."""
+    bench = Bench(tmp_path, slurm_jobs.count, 1000, 0.3, 2, time=2, grace=90)
+    bench.wait(600)
     jobs, firsts = zip(*bench.runs(), strict=True)
-    assert len(firsts) > 1
     assert len(set(jobs)) == 1, "resubmitted instead of requeued"
-    assert int(firsts[1]) > 0, "began from nothing"
+    first, second, third = map(int, firsts)
+    assert third > second > first == 0, "began from nothing"
+    assert bench.handle.log.read_text().count("Calling checkpoint method") == 2
     assert (bench.work / "where").read_text() == "", "in a container that nobody asked for"
+
+
+def test_control_a_second_time_limit_without_a_requeue_left(cluster: Cluster, tmp_path: Path) -> None:
+    """Limits that are told by hand, to be quick: the test above would see that the job was submitted again."""
+    bench = Bench(tmp_path, slurm_jobs.count, 1000, 0.3, 2, time=2, grace=90)
+    bench.launcher.site = dataclasses.replace(bench.site, requeues=1)
+    for number in (1, 2):
+        until(lambda number=number: bench.handle.poll() or len(bench.runs()) == number, 120, f"run {number}")
+        cluster.run("scancel", "--signal=USR2", bench.handle.job)
+    bench.wait()
+    assert "timed-out too many times" in bench.attempts()[0].reason
+    assert len({job for job, _ in bench.runs()}) == 2
 
 
 def test_requeue_by_hand(cluster: Cluster, tmp_path: Path) -> None:
@@ -294,13 +320,56 @@ def test_two_nodes_of_two_ranks_give_the_bits_of_one_process(cluster, data, tmp_
     assert bytes_of(bench.work / "ring" / "out").items() >= alone.items()
 
 
-def test_a_failed_rank_ends_the_job_and_speaks_first(cluster, data, tmp_path, monkeypatch):
+CAUSE = re.compile(
+    r'tests/ranks\.py", line \d+, in train_step\n'
+    r'(\[rank2\]:)? +raise ZeroDivisionError\("the cause"\)'  # in a log torch names the rank
+)
+
+
+def test_a_failed_rank_ends_the_job_and_speaks_first(cluster, data, tmp_path, monkeypatch, jobs):
+    """Its traceback stands before anything of rank 0, whose log, the control, lacks it."""
     monkeypatch.setenv("MIREPRO_TEST_FAIL", "2:4")
-    bench = Bench(tmp_path / "jobs", slurm_jobs.train, data, nodes=2, tasks=2)
+    bench = Bench(tmp_path, slurm_jobs.train, data, nodes=2, tasks=2)
     bench.launcher.site = dataclasses.replace(bench.site, retries=0)
     with pytest.raises(JobFailed, match="ZeroDivisionError: the cause"):
         bench.wait(600)
     until(lambda: not living(bench), 120, "the end of the other ranks")
+    log, own = bench.handle.log, tmp_path / "stage.log"
+    first = log.with_name(f"{bench.handle.job}_0_log.out").read_text()
+    assert "global_rank=0(4)" in first
+    assert not CAUSE.search(first)
+    stage = waves.Running("pretrain@a", Remote(bench.handle, own, 1.0), own, own)
+    until(lambda: stage.poll() == 1, 60, "the stage's end")
+    assert log.name == f"{bench.handle.job}_2_log.out"
+    for shown in (own.read_text(), waves._complaint(stage), jobs("logs", bench.handle.job)):
+        assert str(log) in shown
+        found = CAUSE.search(shown)
+        assert found, shown
+        assert "global_rank=0(4)" not in shown[: found.start()]
+    assert shown.index(first) > found.end()
+
+
+def test_the_commands_about_jobs(cluster: Cluster, tmp_path: Path, jobs: Callable[..., str]) -> None:
+    """Control: neither a job at work nor a young entry is forgotten, and another job is not cancelled."""
+    other = cluster.run("sbatch", "--parsable", "--output=/dev/null", "--chdir=/", "--wrap=sleep 900")
+    bench = Bench(tmp_path, slurm_jobs.hold)
+    bench.running()
+    job = bench.handle.job
+    node = cluster.run("squeue", "--noheader", "--format=%N", f"--jobs={job}")
+    assert re.search(rf"^{job} +pretrain@a +test +RUNNING +{node} ", jobs("list"), re.MULTILINE)
+    assert "global_rank=0(1)" in jobs("logs", job)
+    assert jobs("prune", "--days", "0") == "0 entries removed\n"
+    assert jobs("cancel", job) == f"{job} pretrain@a: cancelled\n"
+    until(lambda: cluster.run("squeue", "--noheader", "--format=%i") == other, 60, "its end")
+    cluster.run("scancel", other)
+    assert re.search(rf"^{job} .* CANCELLED .* cancelled by `mirepro jobs cancel`$", jobs("list"), re.MULTILINE)
+    (bench.work / "go").touch()
+    again = Bench(tmp_path, slurm_jobs.hold)
+    again.wait()
+    assert re.search(rf"^{again.handle.job} .* FINISHED ", jobs("list"), re.MULTILINE)
+    assert jobs("prune") == "0 entries removed\n"
+    until(lambda: jobs("prune", "--days", "0") == "1 entries removed\n", 60, "the end of its processes")
+    assert "pretrain@a" not in jobs("list")
 
 
 def test_pipeline_gives_the_same_lock(cluster: Cluster, root: Path, tmp_path: Path) -> None:
