@@ -55,16 +55,19 @@ def test_result(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_error_is_tried_twice_and_shown(cluster: Cluster, tmp_path: Path) -> None:
     bench = Bench(tmp_path, slurm_jobs.fail)
-    with pytest.raises(JobFailed, match=r"pretrain@a: job \d+: ValueError: seven is not f \(twice the same way\); log"):
+    wanted = r"pretrain@a: job \d+: ValueError: seven is not f \(twice the same way\); log: "
+    with pytest.raises(JobFailed, match=wanted) as caught:
         bench.wait()
+    assert re.search(r'tests/slurm_jobs\.py", line \d+, in fail\n', str(caught.value))
     assert len(bench.attempts()) == 2
     until(lambda: "ValueError: seven is not f" in bench.handle.log.read_text(), 60, "the log's last line")
 
 
 def test_refusal_is_one_line_and_not_repeated(cluster: Cluster, tmp_path: Path) -> None:
     bench = Bench(tmp_path, slurm_jobs.refuse)
-    with pytest.raises(JobFailed, match=r"rows\.x: impossible; use y"):
+    with pytest.raises(JobFailed, match=r"rows\.x: impossible; use y") as caught:
         bench.wait()
+    assert "\n" not in str(caught.value)
     assert len(bench.attempts()) == 1
 
 
