@@ -16,8 +16,8 @@ from mirepro.profiles import Profile
 
 def code(profile: Profile) -> None:
     """Checks all parameters and regenerates the code locks; the only stage that runs every time."""
+    relock(profile)  # before anything is refused: DVC has removed the locks
     profile.check()
-    relock(profile)
     preflight.check(profile)
 
 

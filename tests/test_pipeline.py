@@ -123,6 +123,25 @@ def test_only_the_edited_stages_run(made: Miniature) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", [("mirepro", "repro"), ("dvc", "repro", "code")])
+def test_a_refused_parameter_costs_no_lock(made: Miniature, command: tuple[str, ...]) -> None:
+    """DVC removes a stage's outputs before its command runs; the control is that it was asked to."""
+
+    def locks() -> dict[Path, str]:
+        return {path: path.read_text() for path in (made.root / "locks").rglob("*.json")}
+
+    module, *words = command
+    before = locks()
+    with edited(made, "params.yaml", "toy: {}", "toy: {bankz: 3}"):
+        result = made.run(*words, module=module)
+        assert result.returncode != 0
+        assert "toy.bankz: unknown key" in result.stderr
+        assert locks() == before
+    assert len(before) > 3
+    assert made.run("repro").returncode == 0
+
+
+@pytest.mark.slow
 def test_missing_shards_are_made_again(made: Miniature) -> None:
     shutil.rmtree(made.root / "data" / "desk" / "shards")
     assert "data@desk" in made.stale()
