@@ -311,7 +311,7 @@ def test_stage_writes_all_cells_and_reads_test_last(
     assert ("keypoint_AP50@x0.5_tuned" in metrics["cells"]) == (model == "keypoint")
     assert metrics["detail"]["anchor_recall"] >= 0.95
     shown = detection.files.read_json(tmp_path / "out" / "detections.json")
-    assert len(shown["images"]) == 8
+    assert (shown["size"], len(shown["images"])) == (SIZE, 8)
 
 
 @pytest.mark.parametrize("model", ["mask", "keypoint"])

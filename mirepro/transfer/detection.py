@@ -148,7 +148,8 @@ def _choose(bench: Bench, val: Scenes, model: str, params: DetectParams) -> tupl
     return chosen, grid
 
 
-def _shown(predictions: Sequence[Prediction]) -> dict[str, Any]:
+def _shown(predictions: Sequence[Prediction], size: int) -> dict[str, Any]:
+    """Finds on the first test images, in pixels of images of this size."""
     images = []
     for i, p in enumerate(predictions[:SHOWN]):
         keep = np.flatnonzero(p.scores >= SHOWN_SCORE)
@@ -162,7 +163,7 @@ def _shown(predictions: Sequence[Prediction]) -> dict[str, Any]:
                 "keypoints": None if p.keypoints is None else p.keypoints[keep, :, :2].round(3).tolist(),
             }
         )
-    return {"split": "test", "images": images}
+    return {"split": "test", "size": size, "images": images}
 
 
 def _protocol(name: str, variant: Variant, model: str, params: DetectParams) -> str:
@@ -254,7 +255,7 @@ def detect(
     test = read("test", train_set.used)
     found = {variant: predict(detector, test, params.batch) for variant, detector in detectors.items()}
     stats = {label: score(test, found[variant], model, params) for label, variant in variants.items()}
-    files.write_json(out / "detections.json", _shown(found[variants["tuned"]]))
+    files.write_json(out / "detections.json", _shown(found[variants["tuned"]], params.size))
     steps = partial(sampling.steps, train_set.repeat_factors(params.repeat_threshold), params.batch, seed=seed)
     detail = {
         "anchor_recall": recall, "categories": train_set.categories, "chosen": chosen, "grid": grid,
