@@ -15,7 +15,21 @@ import numpy as np
 import pytest
 import torch
 
-from mirepro import banks, checkpoint, diff, encoders, objectives, pretrain, ranks, rng, settings, views
+from mirepro import (
+    banks,
+    checkpoint,
+    diagnostics,
+    diff,
+    encoders,
+    objectives,
+    pretrain,
+    ranks,
+    reference,
+    rng,
+    settings,
+    views,
+)
+from mirepro.bank import WholeBank
 from mirepro.data import shards
 from mirepro.errors import UserError
 from mirepro.notice import NOTICE
@@ -370,6 +384,35 @@ def test_the_optimiser_takes_each_gradient_in_its_weights_layout(spoilt, data, m
     ]
     assert len(right) == len(before)
     assert all(right) != spoilt
+
+
+@pytest.mark.parametrize("first", [False, pytest.param(True, id="control")])
+def test_a_step_updates_the_bank_after_loss_and_diagnostics_have_read_it(first, data, monkeypatch):
+    """With m = 0 a row that was updated before the loss would be its own anchor, f_ii = 1 / tau."""
+    trainer = pretrain.Trainer(run(), shards.open(data, "train"), shards.open(data, "val"))
+    objective, bank = trainer.objective, trainer.banks["rgb"]
+    if first:
+        call = type(objective).__call__
+
+        def early(self, z, banks, index, *rest):
+            self.update(banks, {name: value.detach() for name, value in z.items()}, index)
+            return call(self, z, banks, index, *rest)
+
+        monkeypatch.setattr(type(objective), "__call__", early)
+    trainer.begin(0)
+    for index in trainer.batches(0):
+        before, position = bank.rows.clone(), trainer.position()
+        output = trainer.train_step(index)
+    z = bank.rows[index].clone()  # m = 0 stores the embeddings
+    assert not torch.equal(z, before[index])
+    words = rng.words(0, rng.Stream.NEGATIVE, position.step, index.numpy(), objective.k - 1)
+    rows = torch.cat([index[:, None], torch.from_numpy(rng.mulhi(words, len(before)))], 1)
+    ces = [reference.gather_nce(z, m, rows, objective.tau).mean() for m in (before, bank.rows)]
+    losses = [float(ce) - math.log(objective.k) for ce in ces]
+    assert losses[0] > losses[1] + 0.1
+    assert float(output.loss.detach()) == pytest.approx(losses[first], abs=1e-4)
+    told = diagnostics.epoch(objective, {"rgb": z}, {"rgb": WholeBank(before)}, index, position, trainer.classes)
+    assert (trainer.diagnosis == told) != first
 
 
 @pytest.mark.parametrize("arch", ["resnet10", "resnet50"])
