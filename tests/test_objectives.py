@@ -5,17 +5,20 @@ import inspect
 import itertools
 import math
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
-from mirepro import encoders, objectives, rng
+from mirepro import encoders, objectives, reference, rng
 from mirepro.bank import MemoryBank
 from mirepro.errors import UserError
 from mirepro.objectives.base import Objective, Step
-from mirepro.objectives.regions import ranks
+from mirepro.objectives.regions import Region, ranks
 from mirepro.params import EncoderParams
 
 N, D, B = 200, 16, 12
@@ -86,23 +89,45 @@ def test_ring_without_inner_part_is_ball_bit_for_bit():
     assert not torch.equal(ball, terms(ready("ring", banks, outer=0.3, inner=0.2), z, banks, index)[0].loss)
 
 
-def enumerated(z, bank, index, k, low, high, tau=0.07):
-    """log((e^{f_ii} + (k - 1) mean_region e^f) / k) - f_ii in float64."""
-    f = z.double() @ bank.double().T / tau
-    own = f.gather(1, index[:, None])[:, 0]
-    region = f.sort(1, descending=True).values[:, low:high]
-    mean = torch.logsumexp(region, 1) - math.log(high - low)
-    return torch.logaddexp(own, mean + math.log(k - 1)) - math.log(k) - own
+def enumerated(objective, q):
+    """log((e^{f_ii} + (k - 1) mean_region e^f) / k) - f_ii, of the bank's own sums over the objective's region."""
+    low, high = objective.region(q.size, q.step)
+    region, _ = q.bank.region_logsumexp(q.z, low, high, objective.tau)
+    own = q.bank.gather_dot(q.z, q.index[:, None])[:, 0] / objective.tau
+    return torch.logaddexp(own, region - math.log(high - low) + math.log(objective.k - 1)) - math.log(objective.k) - own
 
 
-def test_the_enumerated_loss_grows_as_u_shrinks_and_ring_estimates_exceed_ball():
+@pytest.mark.parametrize(("ball", "ring"), [("ball", "ring"), ("cmc_ball", "cmc_ring")])
+@settings(max_examples=10, deadline=None)
+@given(st.integers(40, 300), st.integers(2, 40), st.integers(2, 500), st.integers(0, 10**6))
+def test_the_enumerated_loss_grows_as_u_shrinks_and_ring_estimates_exceed_ball(ball, ring, n, d, k, seed):
+    def losses(name, **options):
+        objective = objectives.create(name, {"k": k} | options)
+        z, banks, _ = setting(objective.modalities, n=n, d=d, seed=seed)
+        return enumerated(objective, objective.queries(z, banks, torch.arange(B) * 3, Step(seed, 0, 10))[0]).double()
+
+    balls = {u: losses(ball, outer=u) for u in (1.0, 0.5, 0.2, 0.1, 0.05)}
+    for wide, narrow in itertools.pairwise(balls.values()):
+        assert (narrow >= wide - 1e-4).all()
+        assert not (wide >= narrow).all(), "control"
+    for u, inner in itertools.product(balls, (0.0, 0.2, 0.5)):
+        estimate = -losses(ring, outer=u, inner=inner)
+        assert (estimate >= -balls[u] - 1e-4).all()
+        assert torch.equal(estimate, -balls[u]) == (ranks(u, inner, n)[0] == 0), "equal without a hole"
+
+
+def test_the_enumerated_loss_is_the_formula_in_float64_and_the_mean_of_sampled_ones():
     z, banks, index = setting()
-    losses = [enumerated(z["rgb"], banks["rgb"].rows, index, 17, 0, high) for high in (200, 100, 40, 20, 2)]
-    for wide, narrow in itertools.pairwise(losses):
-        assert (narrow >= wide - 1e-12).all()
-    ring = enumerated(z["rgb"], banks["rgb"].rows, index, 17, 4, 40)
-    assert (-ring >= -losses[2] - 1e-12).all()
-    assert not (losses[0] >= losses[1]).all()
+    objective = ready("ring", banks, outer=0.3, inner=0.2, k=400)
+    f = (z["rgb"].double() @ banks["rgb"].rows.double().T / 0.07).sort(1, descending=True).values
+    own = (z["rgb"].double() * banks["rgb"].rows[index].double()).sum(1) / 0.07
+    mean = f[:, 12:60].exp().mean(1)
+    wanted = torch.log((own.exp() + 399 * mean) / 400) - own
+    query = objective.queries(z, banks, index, Step(0, 0, 10))[0]
+    assert torch.allclose(enumerated(objective, query).double(), wanted, atol=1e-4)
+    assert not torch.allclose(enumerated(ready("ring", banks, outer=0.3), query).double(), wanted, atol=1e-4)
+    sampled = [terms(objective, z, banks, index, Step(0, step, 10))[0].loss.double() for step in range(20)]
+    assert torch.stack(sampled).mean(0) == pytest.approx(wanted.numpy(), abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["ir", "ball", "ring", "cave", "cmc", "cmc_ball", "cmc_ring"])
@@ -208,17 +233,74 @@ def test_la_warms_up_with_ir_nce():
     assert not torch.equal(warm, terms(la(banks, torch.arange(N)[None]), z, banks, index, late())[0].loss)
 
 
-@pytest.mark.parametrize("name", ["ir", "ball", "ring", "cmc", "cmc_ball", "cmc_ring"])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-7, 0.2])
+def test_las_epsilon_is_added_in_the_logarithm(epsilon):
+    z, banks, index = setting()
+    labels = (torch.arange(N) // 10)[None]
+    f = z["rgb"].double() @ banks["rgb"].rows.double().T / 0.07
+    mates = torch.stack([torch.logsumexp(f[i, labels[0] == labels[0, j]], 0) for i, j in enumerate(index.tolist())])
+    ratio = torch.exp(mates - torch.logsumexp(f, 1))
+    loss = terms(la(banks, labels, outer=1.0, epsilon=epsilon), z, banks, index, late())[0].loss.double()
+    assert torch.allclose(loss, -torch.log(ratio + epsilon), atol=1e-4)
+    assert not torch.allclose(loss, -torch.log(ratio + epsilon + 0.1), atol=1e-4)
+
+
+def test_las_warm_up_scales_with_the_schedule():
+    """The author code's 10 of 200 epochs; at least one where the share is positive."""
+    la = objectives.create("la", {})
+    assert [la.warmup_epochs(total) for total in (1, 2, 20, 21, 100, 200, 400)] == [1, 1, 1, 2, 5, 10, 20]
+    assert objectives.create("la", {"warmup_fraction": 0.0}).warmup_epochs(200) == 0
+    z, banks, index = setting()
+    steps = [Step(0, 3, 400, epoch, 40) for epoch in range(40)]
+    losses = [[terms(ready(name, banks), z, banks, index, step)[0].loss for step in steps] for name in ("la", "ir_nce")]
+    assert [epoch for epoch, pair in enumerate(zip(*losses, strict=True)) if torch.equal(*pair)] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["la", "cave", "cave_numerator"])
+def test_clusters_start_as_every_row_alone_and_are_made_anew_each_epoch(name):
+    _, banks, _ = setting()
+    objective = objectives.create(name, {"n_clusterings": 2, "n_clusters": 8})
+    objective.refresh(banks, 0, 0)
+    assert torch.equal(objective.labels["rgb"], torch.arange(N)[None])
+    found = []
+    for epoch, seed in ((1, 0), (2, 0), (1, 1), (1, 0)):
+        objective.refresh(banks, epoch, seed)
+        labels = objective.labels["rgb"]
+        assert labels.shape == (2, N)
+        assert set(labels.flatten().tolist()) <= set(range(8))
+        assert not torch.equal(labels[0], labels[1]), "each clustering starts elsewhere"
+        found.append(labels)
+    assert torch.equal(found[0], found[3])
+    assert not any(torch.equal(found[0], other) for other in found[1:3]), "another epoch, another seed"
+    banks["rgb"].rows = banks["rgb"].rows.flip(0)
+    objective.refresh(banks, 1, 0)
+    assert not torch.equal(objective.labels["rgb"], found[0]), "another bank"
+
+
+@pytest.mark.parametrize("name", ["ir", "ball", "ring", "cave", "cmc", "cmc_ball", "cmc_ring"])
 def test_identical_rows_give_log_k(name):
+    """CE = log k in every direction, so that nothing is left of the loss CE - log k."""
     objective = objectives.create(name, {"k": 17})
     z, banks, index = setting(objective.modalities)
     for bank in banks.values():
         bank.rows[:] = bank.rows[0].clone()
     objective = ready(name, banks)
-    loss = float(objective(z, banks, index, Step(0, 0, 10)).loss)
-    assert loss + len(objective.pairs()) * math.log(17) == pytest.approx(
-        len(objective.pairs()) * math.log(17), abs=1e-4
-    )
+    if name == "cave":
+        objective.labels = {"rgb": (torch.arange(N) // 5)[None]}
+    assert float(objective(z, banks, index, Step(0, 0, 10)).loss) == pytest.approx(0, abs=1e-5)
+    for bank in banks.values():
+        bank.rows[index] *= 0.99
+    assert float(objective(z, banks, index, Step(0, 0, 10)).loss) != pytest.approx(0, abs=1e-5)
+
+
+def test_identical_rows_give_cave_numerator_the_count_of_its_terms():
+    z, banks, index = setting()
+    banks["rgb"].rows[:] = banks["rgb"].rows[0].clone()
+    objective = ready("cave_numerator", banks)
+    for size in (1, 5):
+        objective.labels = {"rgb": (torch.arange(N) // size)[None]}
+        loss = terms(objective, z, banks, index)[0].loss
+        assert torch.allclose(loss, torch.full((B,), math.log((size + 16) / size)), atol=1e-5)
 
 
 def test_identical_rows_give_la_the_ratio_of_its_sets():
@@ -385,14 +467,36 @@ def test_an_anchor_does_not_depend_on_its_batch_mates_and_draws_on_coordinates_o
     assert not torch.equal(together[0].negatives, other[0].negatives)
 
 
-def test_annealing_starts_at_everything_falls_and_ends_at_the_final_value():
-    objective = objectives.create("ball", {"outer": 0.1, "annealed": True})
-    highs = [objective.region(1000, Step(0, s, 100))[1] for s in range(100)]
-    assert highs[0] == 1000
-    assert highs[50] == highs[99] == 100
-    assert all(a >= b for a, b in itertools.pairwise(highs))
-    constant = objectives.create("ball", {"outer": 0.1})
-    assert constant.region(1000, Step(0, 0, 100))[1] == 100
+@pytest.mark.parametrize("name", [name for name in CONTRASTIVE if issubclass(objectives.load(name), Region)])
+@settings(max_examples=10, deadline=None)
+@given(st.integers(2, 301), st.integers(100, 5000))
+def test_annealing_starts_at_everything_falls_and_ends_at_the_final_value(name, total, n):
+    """l stays what it is; `la` has no hole."""
+    options = {"outer": 0.1} | ({"background": n} if name == "la" else {"inner": 0.2})
+    annealed, constant = (objectives.create(name, options | {"annealed": value}) for value in (True, False))
+    found = [annealed.region(n, Step(0, step, total)) for step in range(total)]
+    for step, (low, high) in enumerate(found):
+        u = max(Fraction(1, 10), 1 - Fraction(9, 10) * Fraction(step, total // 2))
+        assert high == int(u * n)
+        assert low == (0 if name == "la" else int(Fraction(1, 5) * high))
+    assert found[0][1] == n
+    assert found[total // 2] == found[-1] == constant.region(n, Step(0, 0, total))
+    assert constant.region(n, Step(0, 0, total))[1] == n // 10 < found[0][1]
+
+
+@pytest.mark.parametrize("name", ["ring", "cave", "cave_numerator", "cmc_ball", "cmc_ring"])
+def test_draws_follow_the_annealed_region(name):
+    objective = objectives.create(name, {})
+    z, banks, index = setting(objective.modalities)
+    objective, final = (ready(name, banks, k=65, outer=0.1, annealed=value) for value in (True, False))
+    for step in (0, 2, 4, 5, 9):
+        q, fixed = (one.queries(z, banks, index, Step(0, step, 10))[0] for one in (objective, final))
+        rank = reference.order(q.z, q.bank.rows).argsort(1).gather(1, objective.draw(q, 64))
+        low, high = objective.region(N, q.step)
+        assert low <= int(rank.min())
+        assert int(rank.max()) < high
+        assert (int(rank.max()) < final.region(N, q.step)[1]) == (step >= 5), "the annealed region is wider"
+        assert torch.equal(objective.draw(q, 64), final.draw(fixed, 64)) == (step >= 5)
 
 
 def test_bank_rules():
@@ -442,11 +546,23 @@ def test_impossible_options_are_refused_by_name(name, options, key):
         objectives.create(name, options)
 
 
-def test_an_empty_region_is_refused_and_an_oversampled_one_warned_about():
+def test_an_empty_region_is_refused():
     with pytest.raises(UserError, match="outer"):
         objectives.create("ball", {"outer": 0.001}).check(100, D)
-    assert objectives.create("ball", {"k": 50}).check(100, D)
     assert not objectives.create("ball", {"k": 5}).check(100, D)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("ball", 20), ("ring", 15), ("cave", 20), ("cmc_ball", 20)])
+def test_an_oversampled_region_is_warned_about_with_its_cap(name, rows):
+    """log k - log(1 + (k - 1) / m)."""
+    inner = {"inner": 0.25} if name == "ring" else {}
+    (warning,) = objectives.create(name, {"k": 50, "outer": 0.1, **inner}).check(200, D)
+    assert warning.startswith(f"49 draws from a region of {rows} rows repeat rows")
+    told = re.search(r"the cap is (\d+\.\d+) nats$", warning)
+    assert told is not None
+    assert float(told[1]) == pytest.approx(math.log(50) - math.log(1 + 49 / rows), abs=5e-4)
+    assert float(told[1]) != pytest.approx(math.log(50), abs=5e-4)
+    assert objectives.create(name, {"k": rows + 1, "outer": 0.1, **inner}).check(200, D) == []
 
 
 def test_without_the_own_row_nothing_is_claimed_unless_drawn_without_replacement():

@@ -438,6 +438,17 @@ def test_schedules():
     assert rate(OptimParams(lr=1.0, warmup=0.1), 0.05) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(("k", "warned"), [(50, True), (9, False)])
+def test_a_run_prints_the_cap_of_an_oversampled_region_and_records_it(k, warned, data, tmp_path, capsys):
+    """A tenth of 80 rows are 8."""
+    params = dataclasses.replace(run("ball", epochs=1), options={"k": k})
+    history = (train(params, data, tmp_path) / "history.jsonl").read_text()
+    cap = math.log(k) - (math.log(1 + (k - 1) / 8) if warned else 0)
+    assert json.loads(history)["cap"] == pytest.approx(cap)
+    said = f"ball-s0: {k - 1} draws from a region of 8 rows repeat rows; the cap is {cap:.3f} nats\n"
+    assert capsys.readouterr().err == (said if warned else "")
+
+
 def test_mixed_precision_is_a_parameter(whole, data, tmp_path):
     full, half = whole, train(run(precision="bfloat16"), data, tmp_path / "half")
     assert bytes_of(full)["encoder.safetensors"] != bytes_of(half)["encoder.safetensors"]
