@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mirepro import encoders, objectives, reference, rng
-from mirepro.bank import MemoryBank
+from mirepro.bank import MemoryBank, WholeBank
 from mirepro.errors import UserError
 from mirepro.objectives.base import Objective, Step
 from mirepro.objectives.regions import Region, ranks
@@ -343,6 +343,47 @@ def test_ir_nce_by_hand():
     assert torch.allclose(t.loss.double(), expected, rtol=1e-4)
     with pytest.raises(UserError, match="normaliser"):
         ready("ir_nce", banks, normaliser="lemniscate")
+
+
+class Float64Bank(WholeBank):
+    """The rows, and answers in float64 and with autograd's gradients."""
+
+    def region_sample(self, z, *ranks, **who):
+        return reference.region_sample(z, self.rows, *ranks, **who)
+
+    def region_logsumexp(self, z, *ranks, **who):
+        return reference.region_logsumexp(z, self.rows, *ranks, **who)
+
+    def gather_dot(self, z, index):
+        return reference.gather_dot(z, self.rows, index)
+
+    def gather_nce(self, z, index, tau):
+        return reference.gather_nce(z, self.rows, index, tau)
+
+
+@pytest.mark.parametrize("name", CONTRASTIVE)
+def test_gradients_equal_float64_finite_differences_of_the_whole_composition(name):
+    """A step of 1e-6 changes no region and no draw."""
+    z, banks, index = setting(objectives.load(name).modalities, objectives.load(name).companions)
+    objective, step = ready(name, banks, **({"queue": 50} if "moco" in name else {})), late()
+    objective.labels = dict.fromkeys(banks, (torch.arange(N) // 5)[None])
+    leaf = {m: value.clone().requires_grad_() for m, value in z.items()}
+    objective(leaf, banks, index, step).loss.backward()
+    slow = {m: Float64Bank(bank.rows) for m, bank in banks.items()}
+    if "key" in z:
+        objective.keys = Float64Bank(objective.keys.rows)
+    exact = {m: value.double().requires_grad_() for m, value in z.items()}
+    objective(exact, slow, index, step).loss.backward()
+    for m in exact.keys() - {"key"}:
+        gradient = exact[m].grad
+        for seed in range(3):
+            move = 1e-6 * unit(seed, B).double()
+            ends = [objective(z | {m: z[m].double() + sign * move}, slow, index, step).loss for sign in (1, -1)]
+            slope, told = float(ends[0] - ends[1]) / 2e-6, float((gradient * move).sum()) / 1e-6
+            assert told == pytest.approx(slope, rel=1e-6, abs=1e-7)
+            assert 1.001 * told != pytest.approx(slope, rel=1e-6, abs=1e-7)
+        assert torch.allclose(leaf[m].grad.double(), gradient, rtol=1e-3, atol=1e-5)
+        assert not torch.allclose(leaf[m].grad.double(), 1.01 * gradient, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CONTRASTIVE)

@@ -21,6 +21,7 @@ from mirepro import (
     diagnostics,
     diff,
     encoders,
+    kmeans,
     objectives,
     pretrain,
     ranks,
@@ -180,6 +181,22 @@ def test_control_clusters_of_a_begun_epoch_matter(data, tmp_path, monkeypatch):
     monkeypatch.setattr(banks, "held", lambda bank, values: torch.zeros_like(values))
     halted(run("cave"), data, tmp_path / "a", monkeypatch, 8)
     assert bytes_of(tmp_path / "a/out")["chain.txt"] != whole["chain.txt"]
+
+
+@pytest.mark.parametrize("name", ["la", "cave"])
+def test_a_run_clusters_its_bank_anew_before_each_epoch_but_the_first(name, data, tmp_path, monkeypatch):
+    begin, found = pretrain.Trainer.begin, []
+
+    def noted(trainer, epoch):
+        begin(trainer, epoch)
+        made = kmeans.clusterings(trainer.banks, count=3, clusters=8, epoch=epoch, seed=0, iterations=5)
+        found.append((trainer.objective.labels["rgb"].clone(), made["rgb"]))
+
+    monkeypatch.setattr(pretrain.Trainer, "begin", noted)
+    train(run(name), data, tmp_path)
+    assert torch.equal(found[0][0], torch.arange(80)[None])
+    assert [torch.equal(*pair) for pair in found] == [False, True, True]
+    assert not torch.equal(found[1][0], found[2][0])
 
 
 PROGRAM = """

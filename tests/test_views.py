@@ -133,6 +133,47 @@ def test_lab_matches_a_reference_colour():
     assert gray[1:].abs().max() < 0.05
 
 
+def lab64(rgb: np.ndarray) -> np.ndarray:
+    """sRGB `(..., 3)` -> CIE L*a*b*, float64: IEC 61966-2-1, its primaries and white, CIE 15."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xy = np.array([[0.64, 0.33], [0.30, 0.60], [0.15, 0.06], [0.3127, 0.3290]])
+    xyz = np.stack([xy[:, 0] / xy[:, 1], np.ones(4), (1 - xy.sum(1)) / xy[:, 1]])  # at Y = 1
+    primaries, white = xyz[:, :3], xyz[:, 3]
+    t = linear @ (primaries * np.linalg.solve(primaries, white)).T / white
+    delta = 6 / 29
+    x, y, z = np.moveaxis(np.where(t > delta**3, np.cbrt(t), t / (3 * delta**2) + 4 / 29), -1, 0)
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+
+
+CORNERS = np.array(np.meshgrid(*[[0.0, 1.0]] * 3)).reshape(3, 8).T
+COLOURS = {
+    "corners": CORNERS,
+    "dark": 0.1 * rng.uniform(0, rng.Stream.TOY, 0, np.arange(300), 3).astype(np.float64),
+    "any": rng.uniform(0, rng.Stream.TOY, 1, np.arange(2000), 3).astype(np.float64),
+}
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_l_and_ab_are_cie_lab_by_cmcs_constants(name):
+    """L: mean 50, deviation 50; a: 6.025, 92.208; b: -6.6895, 101.1675."""
+    rgb = COLOURS[name]
+    inputs = views.modalities(torch.from_numpy(rgb).float()[:, :, None, None], ("L", "ab"))
+    assert {m: value.shape for m, value in inputs.items()} == {"L": (len(rgb), 1, 1, 1), "ab": (len(rgb), 2, 1, 1)}
+    found = torch.cat([inputs["L"], inputs["ab"]], 1)[..., 0, 0].double().numpy()
+    wanted = (lab64(rgb) - [50, 6.025, -6.6895]) / [50, 92.208, 101.1675]
+    assert np.abs(found - wanted).max() < 1e-3
+    for other in ([50, 0, 0], [50, -6.6895, 6.025], [0, 6.025, -6.6895]):
+        assert np.abs(found - (lab64(rgb) - other) / [50, 92.208, 101.1675]).max() > 1e-2, "control"
+
+
+def test_rgb_is_standardised_by_imagenets_constants():
+    x = images().float() / 255
+    (found,) = views.modalities(x, ("rgb",)).values()
+    mean, deviation = (np.array(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert np.allclose(found.numpy(), (x.double().numpy() - mean) / deviation, atol=1e-5)
+    assert not np.allclose(found.numpy(), (x.double().numpy() - 0.5) / deviation, atol=1e-2)
+
+
 def test_a_view_depends_on_seed_epoch_and_sample_only():
     x, params = images(), ViewParams()
     index = torch.arange(6) + 40
