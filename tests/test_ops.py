@@ -228,11 +228,33 @@ def test_gradients_equal_autograd_of_the_oracle_and_finite_differences() -> None
         torch.testing.assert_close((got * step).sum(), slope, rtol=1e-4, atol=1e-10)
 
 
-def test_no_gradient_reaches_the_bank() -> None:
-    z, bank = unit(2, 4).requires_grad_(), unit(9, 4, 1).requires_grad_()
-    ops.gather_nce(z, bank, torch.arange(6).reshape(2, 3), 0.1).sum().backward()
-    assert bank.grad is None
-    assert z.grad is not None
+@pytest.mark.parametrize("number", range(3), ids=["gather_nce", "gather_dot", "region_logsumexp"])
+def test_no_gradient_reaches_the_bank(number: int) -> None:
+    """Though it requires one; autograd of the oracle is the control. All operators that have a gradient are here."""
+    grads = []
+    for module in (ops, reference):
+        z, bank = unit(4, 12).requires_grad_(), unit(90, 12, 1).requires_grad_()
+        losses(module, bank)[number](z).backward()
+        assert z.grad is not None
+        assert z.grad.abs().max() > 1e-3
+        grads.append(bank.grad)
+    assert grads[0] is None
+    assert grads[1] is not None
+
+
+def test_no_gradient_reaches_the_bank_of_the_bare_operators() -> None:
+    """Without the wrappers, which detach it."""
+    bare, index, own = torch.ops.mirepro, torch.arange(12).reshape(4, 3), torch.arange(4)
+    calls: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda z, bank: bare.gather_nce(z, bank, index, 0.1, True)[0],
+        lambda z, bank: bare.gather_dot(z, bank, index),
+        lambda z, bank: bare.region_logsumexp(z, bank, 5, 40, 0.1, own, None, True)[0],
+    ]
+    for call in calls:
+        z, bank = unit(4, 12).requires_grad_(), unit(90, 12, 1).requires_grad_()
+        call(z, bank).sum().backward()
+        assert z.grad is not None
+        assert bank.grad is None
 
 
 def bad_calls(device: str = "cpu") -> dict[str, tuple[Callable[[], Any], str]]:
