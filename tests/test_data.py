@@ -75,6 +75,25 @@ print(digest(desk.batch(np.arange(96), np.arange(96)) + scenes.batch(scenes.FIRS
     assert there == digest(scene)
 
 
+def scene_numbers(module, monkeypatch) -> list[int]:
+    """The numbers of all scenes that a generator asks for."""
+    found: list[int] = []
+    monkeypatch.setattr(module, "batch", lambda scene, *_: found.extend(scene.tolist()) or ())
+    for name in module.SPLITS:
+        list(module.split(name))
+    return found
+
+
+def test_desk_and_scenes_have_no_scene_in_common(monkeypatch):
+    numbers = scene_numbers(desk, monkeypatch) + scene_numbers(scenes, monkeypatch)
+    assert len(set(numbers)) == len(numbers) == sum(desk.SPLITS.values()) + sum(scenes.SPLITS.values())
+    one, other = (render.Draws(np.array([number]), 8) for number in (0, scenes.FIRST))
+    assert not np.array_equal(one.values, other.values), "all 64 bits count"
+    assert not np.array_equal(one.bits, other.bits)
+    monkeypatch.setattr(scenes, "FIRST", 0)  # control
+    assert set(scene_numbers(scenes, monkeypatch)) < set(numbers)
+
+
 @pytest.mark.parametrize("name", data.NAMES)
 def test_splits_have_their_sizes_and_no_common_image(built, name):
     module = {"desk": desk, "scenes": scenes}[name]

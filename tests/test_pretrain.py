@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -114,6 +115,19 @@ def test_equal_runs_have_equal_bytes_and_another_seed_differs(whole, data, tmp_p
     told = diff.diff(first, other) or ""
     assert told.startswith("first difference at step 2: bank.rgb, ")
     assert told.endswith(" more tensors")
+
+
+def timed(line: dict) -> set[str]:
+    """Entries of a line of history that tell a time, by their name or by their value."""
+    words = re.compile("time|second|minute|hour|date|clock|wall|elapsed|duration|per_s")
+    return {name for name, value in line.items() if words.search(name) or isinstance(value, str) or (value or 0) > 1e8}
+
+
+def test_history_holds_no_times(whole):
+    lines = [json.loads(line) for line in (whole / "history.jsonl").read_text().splitlines()]
+    assert [timed(line) for line in lines] == [set()] * 3
+    for entry in ({"images_per_second": 9.5}, {"finished": "2020-05-27 12:00"}, {"at": 1590537600.0}, {"wall_s": 3}):
+        assert timed(lines[0] | entry) == entry.keys(), "control"
 
 
 def halted(params: RunParams, data: Path, work: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
