@@ -1,12 +1,18 @@
 """The set-up inside `make repro` and `make test`: what a bare machine lacks is one line with the remedy."""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
+from torch.utils import cpp_extension
 
 TOOLS = ("bash", "sh", "make", "df", "tail", "test", "grep", "sed", "find", "nproc", "touch", "expand", "env", "mkdir")
 GOOD = "#!/bin/sh\nexit 0\n"
@@ -125,3 +131,28 @@ def test_a_group_of_tests_stays_on_one_worker(root: Path, tmp_path: Path, mark: 
     plain = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     subprocess.run(command, cwd=tmp_path, env=plain, check=True, capture_output=True)
     assert len(list(tmp_path.glob("gw*"))) == workers
+
+
+def build_command(root: Path, monkeypatch: pytest.MonkeyPatch) -> cpp_extension.BuildExtension:
+    """The command that setup.py builds the extensions with."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", asked.update)
+    monkeypatch.setenv("MIREPRO_CUDA", "0")
+    monkeypatch.chdir(root)
+    runpy.run_path("setup.py", run_name="__main__")
+    return asked["cmdclass"]["build_ext"](setuptools.Distribution())
+
+
+def test_ninja_builds_the_extensions(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for and found; without it torch falls back to distutils (the control)."""
+    assert build_command(root, monkeypatch).use_ninja
+    monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: False)
+    assert not build_command(root, monkeypatch).use_ninja
+
+
+def test_ninja_is_installed_with_the_requirements(root: Path) -> None:
+    lock = (root / "requirements.lock").read_text()
+    assert re.search(r"^ninja==[0-9.]+ \\\n    --hash=sha256:", lock, re.MULTILINE)
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    assert "ninja" in project["build-system"]["requires"]
+    assert any(one.startswith("ninja>=") for one in project["project"]["optional-dependencies"]["dev"])
