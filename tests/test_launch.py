@@ -22,7 +22,7 @@ from mirepro.launch import commands, probe, scheduler, slurm
 from mirepro.launch.container import Container, enroot
 from mirepro.launch.launcher import outcome, uninterrupted
 from mirepro.launch.ledger import Attempt, Entry, Status
-from mirepro.launch.scheduler import Local, Request
+from mirepro.launch.scheduler import Local, Request, Unreachable
 from mirepro.launch.task import BARREN, Task
 from mirepro.site import Section, parse_minutes
 
@@ -117,6 +117,27 @@ def test_request_becomes_options(tmp_path: Path) -> None:
     assert values["additional_parameters"] == {"requeue": True, "nice": 5}
     assert "account" not in values
     assert "teardown" not in values
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("slurm_load_jobs error: Connection reset by peer", Unreachable),
+        ("slurm_load_jobs error: Unable to contact slurm controller (connect failure)", Unreachable),
+        ("slurm_load_jobs error: Socket timed out on send/recv operation", Unreachable),
+        ("slurm_load_jobs error: Zero Bytes were transmitted or received", Unreachable),
+        ("slurm_load_jobs error: Invalid user id", UserError),
+    ],
+)
+def test_a_controller_that_does_not_answer_is_no_refusal(
+    said: str, kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where it is being restarted; the control is a refusal."""
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(kind, match=re.escape(said.partition(": ")[2])):
+        slurm.command("squeue")
 
 
 def test_container_commands(tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ ACTIVE = frozenset(
     {"RUNNING", "CONFIGURING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"}
 )
 TRANSIENT = re.compile(
-    r"unable to contact|timed out|connection refused|communication connection failure|zero bytes were transmitted|"
-    r"temporarily|try again|slurm_load_jobs error: (socket|transport endpoint)|persistent connection",
+    r"unable to contact|timed out|connection refused|connection reset|broken pipe|communication connection failure|"
+    r"zero bytes were transmitted|temporarily|try again|slurm_load_jobs error: (socket|transport endpoint)|"
+    r"persistent connection",
     re.IGNORECASE,
 )
 COLUMNS = "%i|%j|%V|%T|%N|%r"
