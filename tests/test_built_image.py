@@ -150,7 +150,7 @@ def is_clean(built: Built, files: Path) -> None:
     found = subprocess.run(["grep", "-rlF", *words, files], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stdout) == (1, "")
     control = ["grep", "-rlF", "MIREPRO_AUDIT_SOURCE", files / "opt/mirepro"]
-    assert "environment" in subprocess.run(control, capture_output=True, text=True, check=True).stdout
+    assert "containers/Dockerfile" in subprocess.run(control, capture_output=True, text=True, check=True).stdout
 
 
 def is_described(built: Built) -> None:
