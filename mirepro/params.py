@@ -113,10 +113,12 @@ class LinearParams:
 class EvaluateParams:
     """Transfer to classification; `anchors` images get a picture of their neighbourhood.
 
-    A neighbour votes with e^{score / tau} [code: k_nn 200, tau .07].
+    A neighbour votes with e^{score / tau} [code: k_nn 200, tau .07]. `device` is cpu, or cuda (tiers exact and fast),
+    which makes views and features and trains the author protocol's layer there; the rest is the CPU's.
     """
 
     data: str = "desk"
+    device: str = "cpu"
     k_nn: tuple[int, ...] = (1, 5, 20, 200)
     tau: float = 0.07
     anchors: int = 6

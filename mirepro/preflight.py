@@ -52,8 +52,7 @@ def _pretraining(profile: Profile) -> None:
         try:
             settings.check(run.pretrain, size)
             encoders.check(run.pretrain.encoder)
-            if run.pretrain.device != "cuda" or run.tier == "portable":  # where the job runs there may be a GPU
-                settings.device(run)
+            determinism.check_device("pretrain.device", run.pretrain.device, run.tier, here=False)
             objective = objectives.create(run.objective, run.options)
             objective.check(size, run.pretrain.encoder.dim)
             if objective.uses_labels and getattr(objective, "classes", classes) != classes:
@@ -66,7 +65,9 @@ def _transfer(profile: Profile) -> None:
     from mirepro import toy
     from mirepro.transfer import detection, evaluate
 
-    evaluate.check(profile.build(params.EvaluateParams, "evaluate"))
+    values = profile.build(params.EvaluateParams, "evaluate")
+    evaluate.check(values)
+    determinism.check_device("evaluate.device", values.device, profile.tier, here=False)
     for model, data in sorted({(entry.model, entry.data) for entry in profile.detect_runs.values()}):
         recipe = profile.recipe(data)
         detection.check(model, recipe)

@@ -69,7 +69,8 @@ class Trainer:
     def __init__(self, run: RunParams, train: shards.Split, val: shards.Split, world: ranks.World = _ALONE) -> None:
         self.run, self.params, self.world = run, run.pretrain, world
         settings.check(self.params, train.size)
-        self.device = settings.device(run)
+        determinism.check_device("pretrain.device", self.params.device, run.tier)
+        self.device = torch.device(self.params.device)
         self.objective: Objective = objectives.create(run.objective, run.options)
         self.warnings = self.objective.check(train.size, self.params.encoder.dim)
         if self.objective.uses_labels and getattr(self.objective, "classes", 0) != len(train.classes):

@@ -1,4 +1,4 @@
-"""What a pretraining may be asked for: the rules of its parameters, its device, its learning rate."""
+"""What a pretraining may be asked for: the rules of its parameters, its learning rate."""
 
 import math
 import operator
@@ -7,7 +7,7 @@ import torch
 
 from mirepro import views
 from mirepro.errors import UserError
-from mirepro.params import OptimParams, PretrainParams, RunParams
+from mirepro.params import OptimParams, PretrainParams
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,20 +36,6 @@ def check(params: PretrainParams, size: int) -> None:
     if params.optim.schedule not in schedules:
         raise UserError(f"optim.schedule: {params.optim.schedule!r} is unknown; known: {', '.join(schedules)}")
     views.check(params.views)
-
-
-def device(run: RunParams) -> torch.device:
-    """Where a run computes.
-
-    Raises:
-        UserError: Unknown device, none here, or tier portable, which is the CPU's.
-    """
-    name, cuda = run.pretrain.device, run.pretrain.device == "cuda"
-    if name not in ("cpu", "cuda") or (cuda and run.tier == "portable"):
-        raise UserError(f"pretrain.device: {name!r} is impossible in tier {run.tier}; use cpu, or cuda in tier exact")
-    if cuda and not torch.cuda.is_available():
-        raise UserError("pretrain.device: torch finds no CUDA device here; use cpu, or another machine")
-    return torch.device(name)
 
 
 def learning_rate(optim: OptimParams, progress: float) -> float:

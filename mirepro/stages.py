@@ -91,6 +91,7 @@ def evaluate(profile: Profile, name: str) -> Job:
     def compute(work: Path, out: Path, fingerprint: str) -> dict[str, Any]:
         from mirepro.transfer.evaluate import evaluate
 
+        determinism.check_device("evaluate.device", values.device, profile.tier)
         names, root = (name, entry.row, entry.seed), profile.root
         return evaluate(*names, values, root / pretrained, root / folder, work, out, fingerprint)
 

@@ -1,23 +1,30 @@
-"""Detection on a device: on tensors without values that claim to be on a GPU, and on a real one."""
+"""Transfer on a device: on tensors without values that claim to be on a GPU, and on a real one."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import overfit
-from mirepro import checkpoint, determinism, encoders
+from mirepro import checkpoint, determinism, encoders, views
+from mirepro.data import shards
+from mirepro.data.images import Images
 from mirepro.errors import UserError
-from mirepro.params import EncoderParams
-from mirepro.transfer import detection_model, detection_training
+from mirepro.params import EncoderParams, EvaluateParams, ViewParams
+from mirepro.transfer import detection_model, detection_training, evaluate
+from mirepro.transfer.author import Author
 from mirepro.transfer.detection_training import Feed, Training, Variant
 from tests.test_detection import SIZE, TINY, FakeSplit, _load, _run, pretrained, scenes_folder
+from tests.test_pretrain import data, run, train
 
-__all__ = ["pretrained", "scenes_folder"]
+__all__ = ["data", "pretrained", "scenes_folder"]
 
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 ENCODER = EncoderParams(width=8, stem="tiny", dim=8)
 
 
@@ -60,8 +67,62 @@ def test_the_overfit_benchmark_trains_where_it_is_told(
     assert where == [device] * 4
 
 
+def test_an_evaluation_computes_where_its_encoder_is(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features and layers, also after a resume; what leaves is on the CPU. Control: features that are elsewhere."""
+    monkeypatch.setattr(views, "batch", lambda pixels, *_, **__: pixels / 255)  # draws by numbers, a matter of values
+    split, params = shards.open(data, "train"), EvaluateParams(device="cuda", views=ViewParams(size=16))
+    images, classes, index = Images(split), torch.from_numpy(split.labels), torch.arange(16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            model = encoders.Ensemble(ENCODER).eval()
+        found = evaluate.features(model, images, 16, evaluate.KINDS)
+        assert {value.device.type for value in found.values()} == {"cpu"}
+        training = Author(partial(evaluate._linear_features, model), images, classes, 4, 0, params)
+        training._take(index)
+        assert {value.device.type for value in training.tensors().values()} == {"cuda"}
+        saved = {name: value.cpu() for name, value in training.tensors().items()}
+        training.resume(checkpoint.Checkpoint(saved, {"step": 1}))
+        training._take(index)
+        assert {value.device.type for value in training.tensors().values()} == {"cuda"}
+        layer = training.layers["pool"].classifier()
+        assert {value.device.type for value in (layer.standardise.mean, layer.weight, layer.bias)} == {"cpu"}
+        with pytest.raises(RuntimeError, match="device"):
+            training.layers["pool"].step(found["pool"][:16], classes[:16])
+
+
+def test_an_evaluation_takes_its_encoder_to_the_device(
+    data: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Still:
+        def to(self, device: str) -> None:
+            raise UserError(f"asked to go to {device}")
+
+    monkeypatch.setattr(evaluate, "freeze", lambda model: Still())
+    for name in ("cuda", "cpu"):
+        with pytest.raises(UserError, match=f"asked to go to {name}"):
+            _evaluated(EvaluateParams(device=name), pretrained, data, tmp_path / name)
+
+
+@NO_GPU
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_an_evaluation_on_a_gpu_repeats_its_bits(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    params = EvaluateParams(device="cuda", k_nn=(1, 5), anchors=2, gallery=3, views=ViewParams(size=16))
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [_evaluated(params, pretrained, data, tmp_path / name) for name in "ab"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert runs[0] == runs[1]
+
+
+def _evaluated(params: EvaluateParams, pretrained: Path, data: Path, work: Path) -> tuple[dict[str, Any], bytes]:
+    (work / "out").mkdir(parents=True)
+    document = evaluate.evaluate("ir-s0", "ir", 0, params, pretrained, data, work, work / "out", "f")
+    return document, (work / "out/test.json").read_bytes()
+
+
+@NO_GPU
+@pytest.mark.gpu
 def test_a_detector_on_a_gpu_repeats_its_bits(pretrained: Path, scenes_folder: Path, tmp_path: Path) -> None:
     params = dataclasses.replace(TINY, device="cuda")
     torch.use_deterministic_algorithms(True)
@@ -81,6 +142,16 @@ def test_impossible_devices_are_refused(name: str, tier: str, said: str) -> None
         with pytest.raises(UserError, match=f"detect.device: .*{said}"):
             determinism.check_device("detect.device", name, tier, here)
         determinism.check_device("detect.device", "cpu", tier, here)
+
+
+@pytest.mark.parametrize(("device", "tier", "said"), [("tpu", "exact", "'tpu'"), ("cuda", "portable", "tier portable")])
+def test_no_training_begins_on_an_impossible_device(
+    data: Path, tmp_path: Path, device: str, tier: str, said: str
+) -> None:
+    wrong = dataclasses.replace(run(device=device), tier=tier)
+    with pytest.raises(UserError, match=f"pretrain.device: .*{said}"):
+        train(wrong, data, tmp_path)
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

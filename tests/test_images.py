@@ -1,6 +1,5 @@
 """Images by batch: the same bytes kept in memory or read from the shards, by any number of threads."""
 
-import dataclasses
 import io
 import time
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from mirepro import settings
 from mirepro.data import images, shards
 from mirepro.errors import UserError
 from tests.test_pretrain import bytes_of, data, run, train
@@ -87,20 +85,3 @@ def test_images_of_different_sizes_are_refused(tmp_path, monkeypatch):
     assert read[torch.arange(3)].shape == (3, 3, 8, 8)
     with pytest.raises(UserError, match="different sizes"):
         read[torch.arange(4)]
-
-
-@pytest.mark.parametrize(("device", "tier", "said"), [("tpu", "exact", "'tpu'"), ("cuda", "portable", "tier portable")])
-def test_devices(device, tier, said):
-    params = run()
-    wrong = dataclasses.replace(params, tier=tier, pretrain=dataclasses.replace(params.pretrain, device=device))
-    with pytest.raises(UserError, match=said):
-        settings.device(wrong)
-    assert settings.device(params) == torch.device("cpu")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-def test_no_device_is_said_in_one_line():
-    params = run()
-    absent = dataclasses.replace(params, tier="exact", pretrain=dataclasses.replace(params.pretrain, device="cuda"))
-    with pytest.raises(UserError, match="no CUDA device"):
-        settings.device(absent)

@@ -27,7 +27,7 @@ SMALL = {
     "tier": "portable", "threads": 1, "datasets": ["imagenet"], "detect": {"sets": None},
     "pretrain": {"device": "cpu", "epochs": 2, "batch": 32, "digest": 2, "monitor": 1,
                  "encoder": {"arch": "resnet10", "width": 8}, "views": {"size": 32}},
-    "evaluate": {"anchors": 2, "gallery": 3, "views": {"size": 32},
+    "evaluate": {"device": "cpu", "anchors": 2, "gallery": 3, "views": {"size": 32},
                  "linear": {"iterations": 20, "author_epochs": 1, "author_batch": 32, "l2": [1.0, 10.0]}},
 }  # fmt: skip
 """What the miniature shrinks; rows, objectives and stages stay the profile's own."""

@@ -41,6 +41,7 @@ def desk(root: Path, tmp_path: Path, change: dict[str, Any]) -> profiles.Profile
          "rows.x: objective: 'irr' is unknown; known: ball"),
         ({"pretrain": {"data": "scenes"}}, "rows.supervised: objective supervised.classes: use "),
         ({"evaluate": {"tau": -1.0}}, "evaluate.tau: -1.0 is impossible"),
+        ({"evaluate": {"device": "cuda"}}, "evaluate.device: 'cuda' is impossible in tier portable"),
         ({"detect": {"flip": 2.0}}, "detect.flip: 2.0 is impossible"),
         ({"toy": {"banks": 0}}, "toy.banks: 0 is impossible"),
     ],

@@ -15,7 +15,7 @@ from mirepro.transfer.linear import Classifier, Standardiser
 VIEW = 2
 """Number of the view among those of an image; pretraining takes 0 and 1."""
 Features = Callable[[Tensor], dict[str, Tensor]]
-"""RGB in [0, 1] `(b, 3, S, S)` -> features `(b, F)` of each kind."""
+"""RGB in [0, 1] `(b, 3, S, S)` on the device -> features `(b, F)` of each kind there."""
 
 
 class Moments:
@@ -23,7 +23,7 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean = self.squares = torch.zeros(1, dtype=torch.float64)
+        self.mean = self.squares = torch.zeros((), dtype=torch.float64)  # joins rows on any device
 
     def add(self, x: Tensor) -> None:
         """Counts rows `(n, F)`."""
@@ -50,7 +50,8 @@ class Layer:
 
     def __init__(self, standardise: Standardiser, n_classes: int, params: LinearParams) -> None:
         self.standardise, self._params = standardise, params
-        self.theta = [torch.zeros(len(standardise.mean), n_classes), torch.zeros(n_classes)]
+        mean = standardise.mean
+        self.theta = [mean.new_zeros(len(mean), n_classes), mean.new_zeros(n_classes)]
         self.velocity = [torch.zeros_like(t) for t in self.theta]
 
     def step(self, features: Tensor, classes: Tensor) -> None:
@@ -70,8 +71,9 @@ class Layer:
         return dict(zip(names, own, strict=True))
 
     def classifier(self) -> Classifier:
-        """The layer so far."""
-        return Classifier(self.standardise, *self.theta)
+        """The layer so far, on the CPU."""
+        mean, scale, weight, bias = (t.cpu() for t in (self.standardise.mean, self.standardise.scale, *self.theta))
+        return Classifier(Standardiser(mean, scale), weight, bias)
 
 
 class Author:
@@ -83,14 +85,14 @@ class Author:
         classes: `(N,)` int64.
         n_classes: Number of classes.
         seed: Decides views and order.
-        params: The protocol.
+        params: The protocol, and the device.
     """
 
     def __init__(
         self, features: Features, images: Images, classes: Tensor, n_classes: int, seed: int, params: EvaluateParams
     ) -> None:
         self._features, self._images, self._classes, self._n_classes = features, images, classes, n_classes
-        self._seed, self._params = seed, params
+        self._seed, self._params, self._device = seed, params, torch.device(params.device)
         self.layers: dict[str, Layer] = {}
         self.step, self.per_epoch = 0, -(-len(images) // params.linear.author_batch)
 
@@ -124,15 +126,16 @@ class Author:
     def _take(self, index: Tensor) -> None:
         if not self.layers:
             self.layers = self._standardised()
-        found = self._views(index, self.step // self.per_epoch)
+        found, classes = self._views(index, self.step // self.per_epoch), self._classes[index].to(self._device)
         for kind, layer in self.layers.items():
-            layer.step(found[kind], self._classes[index])
+            layer.step(found[kind], classes)
         self.step += 1
 
     def _views(self, index: Tensor, epoch: int) -> dict[str, Tensor]:
         """Features of the samples' views in an epoch."""
         drawn = {"seed": self._seed, "epoch": epoch, "view": VIEW}
-        return self._features(views.batch(self._images[index], self._params.views, index=index, **drawn))
+        pixels = self._images[index].to(self._device)
+        return self._features(views.batch(pixels, self._params.views, index=index, **drawn))
 
     def _standardised(self) -> dict[str, Layer]:
         """Layers of zeros on features standardised by those of the first epoch."""
@@ -153,7 +156,8 @@ class Author:
             return
         self.step = saved.facts["step"]
         for name in dict.fromkeys(name.partition(".")[0] for name in saved.tensors):
-            own = {key.partition(".")[2]: value for key, value in saved.tensors.items() if key.startswith(f"{name}.")}
+            mine = {key: value for key, value in saved.tensors.items() if key.startswith(f"{name}.")}
+            own = {key.partition(".")[2]: value.to(self._device) for key, value in mine.items()}
             layer = Layer(Standardiser(own["mean"], own["scale"]), self._n_classes, self._params.linear)
             for key, value in layer.state().items():
                 value.copy_(own[key])

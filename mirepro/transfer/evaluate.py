@@ -32,7 +32,7 @@ def embed(model: Ensemble, rgb: Tensor) -> dict[str, Tensor]:
         rgb: Views `(b, 3, S, S)` in [0, 1].
 
     Returns:
-        `flat` `(b, F h w)`, `pool` `(b, F)` and unit embeddings `z` `(b, D)`.
+        `flat` `(b, F h w)`, `pool` `(b, F)` and unit embeddings `z` `(b, D)`, all where the encoder is.
     """
     inputs = views.modalities(rgb, model.modalities)
     maps = [model.encoder(name).feature_map(inputs[name]) for name in model.modalities]
@@ -43,12 +43,15 @@ def embed(model: Ensemble, rgb: Tensor) -> dict[str, Tensor]:
 
 
 def features(model: Ensemble, images: Images, size: int, kinds: Collection[str]) -> dict[str, Tensor]:
-    """Features of all N images, plain and of this size, of the kinds that `embed` names; the others are not held."""
+    """Features of all N images, plain and of this size, of the kinds that `embed` names; the others are not held.
+
+    They are made where the encoder is, and lie on the CPU.
+    """
     parts: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     for index in images.ahead(torch.arange(len(images)).split(256), lambda batch: batch):
-        found = embed(model, views.plain(images[index], size))
+        found = embed(model, views.plain(images[index].to(model.device), size))
         for kind in kinds:
-            parts[kind].append(found[kind])
+            parts[kind].append(found[kind].cpu())
     return {kind: torch.cat(pieces) for kind, pieces in parts.items()}
 
 
@@ -98,7 +101,7 @@ def evaluate(
         The metrics document.
     """
     check(params)
-    model = freeze(encoders.load(pretrained / "encoder.safetensors"))
+    model = freeze(encoders.load(pretrained / "encoder.safetensors")).to(params.device)
     splits = {name: shards.open(data_folder, name) for name in ("train", "val", "test")}
     images = {name: Images(split, torch.get_num_threads()) for name, split in splits.items()}
     y = {name: torch.from_numpy(split.labels) for name, split in splits.items()}
