@@ -1,9 +1,10 @@
-"""What an objective's numbers may claim: certificate, T3 share, fallbacks, copies and false negatives; final MI."""
+"""What numbers may claim: certificate, T3 share, fallbacks, copies and false negatives; final MI; signs of collapse."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,3 +102,46 @@ def held_out(objective: Objective, first: Mapping[str, Tensor], second: Mapping[
         positive = ops.gather_dot(first[anchor], second[other], index)[:, 0] / objective.tau
         estimates.append(math.log(n) - float((everything - positive).double().mean()))
     return sum(estimates) / len(estimates)
+
+
+@torch.no_grad()
+def collapse(objective: Objective, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, float]:
+    """Whether embeddings fall together: effective rank, alignment and uniformity, averaged over the directions.
+
+    Args:
+        objective: Gives the directions.
+        first: Embeddings `(N_val, D)` per modality of one view.
+        second: The same of another view.
+
+    Returns:
+        `covariance_rank`: exp of the entropy of the covariance's eigenvalues, 1 to D (Roy and Vetterli 2007).
+        `alignment`: mean |z - z'|^2 of an image's two views, 0 to 4. `uniformity`: log of the mean e^{-2 |z - w|^2}
+        over pairs of different images, nats, at most 0 (Wang and Isola 2020).
+    """
+    rows = []
+    for anchor, other in objective.pairs():
+        z, index = first[anchor], torch.arange(len(first[anchor]), device=first[anchor].device)[:, None]
+        same = ops.gather_dot(z, second[other], index)[:, 0].double()
+        rows.append((_effective_rank(z), float((2 - 2 * same).mean()), _uniformity(z, index)))
+    means = (sum(values) / len(rows) for values in zip(*rows, strict=True))
+    return dict(zip(("covariance_rank", "alignment", "uniformity"), means, strict=True))
+
+
+def _effective_rank(z: Tensor) -> float:
+    """NumPy's product and eigenvalues: its OpenBLAS keeps AVX2 in the portable tier."""
+    rows = z.cpu().numpy().astype(np.float64)
+    rows -= rows.mean(0)
+    share = np.linalg.eigvalsh(rows.T @ rows).clip(0)
+    share = share[share > 0] / share.sum() if share.any() else np.ones(1)
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def _uniformity(z: Tensor, index: Tensor) -> float:
+    """Since |z - w|^2 = 2 - 2 z.w, it is a log-sum-exp of scores at temperature 1/4, less each row's own."""
+    n = len(z)
+    if n < 2:
+        return math.nan
+    everything, _ = ops.region_logsumexp(z, z, 0, n, 0.25)
+    own = 4 * ops.gather_dot(z, z, index)[:, 0].double()
+    others = float((everything.double().exp() - own.exp()).sum()) / (n * (n - 1))
+    return math.log(others) - 4

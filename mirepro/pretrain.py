@@ -337,9 +337,8 @@ class Trainer:
         """The run's metrics document; reads train and val only. All ranks ask together."""
         last = self.history[-1] if self.history else {}
         fresh = self.params.epochs
-        mi = diagnostics.held_out(
-            self.objective, self.embeddings(self.val, epoch=fresh), self.embeddings(self.val, epoch=fresh, view=1)
-        )
+        pair = [self.embeddings(self.val, epoch=fresh, view=view) for view in (0, 1)]
+        mi, fallen = diagnostics.held_out(self.objective, *pair), diagnostics.collapse(self.objective, *pair)
         shares = [line["certified_share"] for line in self.history if "certified_share" in line]
         k, tau = self.objective.k, self.objective.tau
         claim = {"yes": "bound by its form", "certified": "bound only where certified", "no": "objective only"}
@@ -363,6 +362,9 @@ class Trainer:
             name: (last.get(name), "", "last batch of the last epoch")
             for name in ("t3_share", "fallback_share", "own_copies", "same_class_share")
         }
+        views = f"two fresh views of {len(self.val)} val images"
+        units = {"covariance_rank": "", "alignment": "", "uniformity": "nats"}
+        cells |= {name: (fallen[name], unit, views) for name, unit in units.items()}
         detail = {"warnings": self.warnings, "chain": self.chain[-1]["chain"] if self.chain else None}
         run = f"{self.run.row}-s{self.run.seed}"
         rows = {name: metrics.cell(*values) for name, values in cells.items()}

@@ -9,12 +9,14 @@ import torch
 from mirepro import checkpoint, rng, views
 from mirepro.data import shards
 from mirepro.data.images import Images
+from mirepro.errors import UserError
 from mirepro.notice import NOTICE
 from mirepro.params import EvaluateParams, LinearParams, ViewParams
-from mirepro.transfer import author
+from mirepro.transfer import author, evaluate, linear
+from tests.test_detection import pretrained
 from tests.test_pretrain import data
 
-__all__ = ["data"]
+__all__ = ["data", "pretrained"]
 SGD = LinearParams(author_epochs=3, author_lr=0.02, author_batch=32)
 PARAMS = EvaluateParams(linear=SGD, views=ViewParams(size=8))
 
@@ -143,3 +145,21 @@ def test_moments_of_parts_are_those_of_all_rows():
     assert torch.allclose(made.mean, whole.mean, rtol=1e-6)
     assert torch.allclose(made.scale, whole.scale, rtol=1e-6)
     assert made.scale[3:].tolist() == [0.0, 0.0], "constant features stay so"
+
+
+def test_the_test_split_is_opened_after_every_choice(data, pretrained, tmp_path, monkeypatch):
+    """Planted: a split test that cannot be opened; when it is asked for, all choices have been made."""
+    made, real = [], {"open": shards.open, "fit": linear.fit, "train": author.Author.train}
+
+    def opened(folder, name):
+        if name == "test":
+            raise UserError("test was opened")
+        return real["open"](folder, name)
+
+    monkeypatch.setattr(evaluate.shards, "open", opened)
+    monkeypatch.setattr(linear, "fit", lambda *a: made.append("fit") or real["fit"](*a))
+    monkeypatch.setattr(author.Author, "train", lambda *a: made.append("train") or real["train"](*a))
+    params = EvaluateParams(k_nn=(1,), anchors=2, gallery=3, linear=SGD, views=ViewParams(size=16))
+    with pytest.raises(UserError, match="test was opened"):
+        evaluate.evaluate("ir-s0", "ir", 0, params, pretrained, data, tmp_path, tmp_path, "f")
+    assert made == ["train", "fit", "fit"]

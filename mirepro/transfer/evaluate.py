@@ -102,29 +102,29 @@ def evaluate(
     """
     check(params)
     model = freeze(encoders.load(pretrained / "encoder.safetensors")).to(params.device)
-    splits = {name: shards.open(data_folder, name) for name in ("train", "val", "test")}
-    images = {name: Images(split, torch.get_num_threads()) for name, split in splits.items()}
-    y = {name: torch.from_numpy(split.labels) for name, split in splits.items()}
-    n_classes, converged = len(splits["train"].classes), params.linear.converged
+    train, val = (_opened(data_folder, name) for name in ("train", "val"))
+    n_classes, converged = len(train[2]), params.linear.converged
     # First what keeps checkpoints, so that no restart repeats the rest before it.
-    training = Author(partial(_linear_features, model), images["train"], y["train"], n_classes, seed, params)
+    training = Author(partial(_linear_features, model), *train[:2], n_classes, seed, params)
     layers = training.train(work, fingerprint)
-    kinds = {"train": (*converged, "z"), "val": converged, "test": (*KINDS, "z")}
-    x = {name: features(model, images[name], params.views.size, kinds[name]) for name in splits}
-    predicted, cells, detail = _converged(x, y, n_classes, params.linear)
+    x = features(model, train[0], params.views.size, (*converged, "z"))
+    x_val = features(model, val[0], params.views.size, converged)
+    chosen, cells, detail = _converged((x, train[1]), (x_val, val[1]), n_classes, params.linear)
     for kind, layer in layers.items():
-        predicted[f"linear_author_{kind}"] = layer.predict(x["test"][kind])
+        chosen[f"linear_author_{kind}"] = kind, layer
         sgd = f"SGD lr {params.linear.author_lr}, momentum {params.linear.author_momentum}"
         cells[f"linear_author_{kind}"] = f"{sgd}, {params.linear.author_epochs} epochs, train augmentation, {kind} C5"
-    votes = knn.predict(
-        x["test"]["z"], x["train"]["z"], y["train"], k_nn=params.k_nn, tau=params.tau, n_classes=n_classes
-    )
+    # Every choice is made: only now is test opened.
+    images, y, _ = _opened(data_folder, "test")
+    x_test = features(model, images, params.views.size, (*KINDS, "z"))
+    predicted = {name: classifier.predict(x_test[kind]) for name, (kind, classifier) in chosen.items()}
+    votes = knn.predict(x_test["z"], x["z"], train[1], k_nn=params.k_nn, tau=params.tau, n_classes=n_classes)
     for k, prediction in votes.items():
         predicted[f"knn_{k}"] = prediction
         cells[f"knn_{k}"] = f"weighted kNN on z, k {k}, tau {params.tau}"
-    _write(out, predicted, y["test"], gallery(pretrained, params))
+    _write(out, predicted, y, gallery(pretrained, params))
     values = {
-        name: metrics.cell(linear.top1(predicted[name], y["test"]), "%", f"{protocol}; test top-1")
+        name: metrics.cell(linear.top1(predicted[name], y), "%", f"{protocol}; test top-1")
         for name, protocol in cells.items()
     }
     left_out = metrics.cell(None, "%", "softmax regression left out: evaluate.linear.converged")
@@ -137,20 +137,27 @@ def _linear_features(model: Ensemble, rgb: Tensor) -> dict[str, Tensor]:
     return {kind: found[kind] for kind in KINDS}
 
 
+def _opened(folder: Path, name: str) -> tuple[Images, Tensor, list[str]]:
+    """Images, classes `(N,)` int64 and names of the classes of a split."""
+    split = shards.open(folder, name)
+    return Images(split, torch.get_num_threads()), torch.from_numpy(split.labels), split.classes
+
+
 def _converged(
-    x: Mapping[str, Mapping[str, Tensor]], y: Mapping[str, Tensor], n_classes: int, params: LinearParams
-) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
-    """Softmax regressions: their predictions on test, their protocols, and how L2 was chosen."""
-    predicted: dict[str, Tensor] = {}
+    train: tuple[Mapping[str, Tensor], Tensor], val: tuple[Mapping[str, Tensor], Tensor], n_classes: int,
+    params: LinearParams,
+) -> tuple[dict[str, tuple[str, linear.Classifier]], dict[str, str], dict[str, Any]]:  # fmt: skip
+    """Softmax regressions with their kinds of features, their protocols, and how L2 was chosen."""
+    found: dict[str, tuple[str, linear.Classifier]] = {}
     cells: dict[str, str] = {}
     detail: dict[str, Any] = {"grid": {}, "chosen": {}, "trials": len(params.l2), "features": {}}
     for kind in params.converged:
-        pair = [(x[name][kind], y[name]) for name in ("train", "val")]
+        pair = [(x[kind], y) for x, y in (train, val)]
         classifier, detail["grid"][kind], chosen = linear.fit(pair[0], pair[1], n_classes, params)
-        detail["chosen"][kind], detail["features"][kind] = chosen, x["train"][kind].shape[1]
-        predicted[f"linear_{kind}"] = classifier.predict(x["test"][kind])
+        detail["chosen"][kind], detail["features"][kind] = chosen, train[0][kind].shape[1]
+        found[f"linear_{kind}"] = kind, classifier
         cells[f"linear_{kind}"] = f"softmax regression on {kind} C5, L2 {chosen} of {detail['trials']} chosen on val"
-    return predicted, cells, detail
+    return found, cells, detail
 
 
 def gallery(pretrained: Path, params: EvaluateParams) -> dict[str, Any]:
