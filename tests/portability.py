@@ -164,7 +164,8 @@ class Miniature:
         from mirepro.transfer import controls, linear
 
         split = shards.open(self.root / "data/desk", "train")
-        made = {name: sha(feature(split).tobytes()) for name, feature in controls.CONTROLS.items()}
+        found = controls.features(split, np.arange(len(split)))
+        made = {name: sha(value.tobytes()) for name, value in found.items()}
         for n, features in ((301, 67), (45, 131)):
             x = torch.from_numpy(rng.uniform(self.seed, rng.Stream.TOY, 0, np.arange(2 * n), features))
             pair = (x[:n], torch.arange(n) % 7), (x[n:], torch.arange(n) % 7)
