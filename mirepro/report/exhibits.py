@@ -13,7 +13,9 @@ Exhibit = dict[str, Any]
 
 GALLERY_ROWS = ("ring", "random")
 DETECTION_ROWS = ("supervised", "ring", "ir", "random")
-ANCHORS, MEMBERS, DRAWN = 6, 4, 6
+ANCHORS, MEMBERS, DRAWN, FINDS = 6, 4, 6, 8
+TILE, SCENE = 32, 64
+"""Largest sides of samples and of scenes, in pixels: the desk's. With them ImageNet's page fits its limit."""
 CURVES = (
     ("loss", "loss (nats)", "Training loss"),
     ("estimate", "estimate (nats)", "Estimate of the training objective; thin lines are its caps"),
@@ -21,6 +23,9 @@ CURVES = (
 )
 DATA = {"images": "desk", "scenes": "scenes"}
 """What a layout without `data` shows."""
+PASSED_ON = ("desk", "scenes", "cifar10", "cifar100")
+"""Data sets whose pictures a page in git may show: rendered here, or no terms keep anyone from passing them on (see
+`data.catalogue`). Those of any other are withheld."""
 SIMPLIFIED = (("ir_nce", "ir"), ("la", "cave"), ("cmc_nce", "cmc"))
 """An objective as its authors' code has it, and the simplified one."""
 
@@ -124,11 +129,26 @@ def toy(root: Path, profile: str) -> list[Exhibit]:
     return shown
 
 
+def data_of(layout: Mapping[str, Any]) -> dict[str, str]:
+    """The layout's data sets by kind: `{images: desk, scenes: scenes}`."""
+    return dict(DATA if layout.get("data") is None else layout["data"])
+
+
+def withheld(layout: Mapping[str, Any]) -> list[str]:
+    """The layout's data sets whose pictures no page in git may show."""
+    return [name for name in data_of(layout).values() if name not in PASSED_ON]
+
+
+def public(layout: Mapping[str, Any]) -> dict[str, Any]:
+    """The layout without the data sets whose pictures are withheld."""
+    return {**layout, "data": {kind: name for kind, name in data_of(layout).items() if name in PASSED_ON}}
+
+
 def split_of(root: Path, layout: Mapping[str, Any], kind: str, split: str) -> Any:
-    """An opened split of the layout's data (`data: {images: desk, scenes: scenes}`); None when it has none such."""
+    """An opened split of the layout's data of a kind, images or scenes; None when it has none such."""
     import mirepro.data.shards as shards
 
-    name = (layout.get("data") or DATA).get(kind)
+    name = data_of(layout).get(kind)
     return shards.open(root / "data" / name, split) if name and (root / f"data/{name}/manifest.json").exists() else None
 
 
@@ -144,18 +164,26 @@ def samples(split: Any, count: int = 40) -> list[Exhibit]:
         return []
     total = len(split.labels)
     chosen = [place * total // count for place in range(min(count, total))]
-    return [{"uri": pictures.uri(split.image(i)), "label": label_of(split, i)} for i in chosen]
+    return [tile(split, i) for i in chosen]
+
+
+def tile(split: Any, index: int) -> Exhibit:
+    """A small picture of a sample, and its class name."""
+    return {"uri": pictures.uri(pictures.thumbnail(split.image(index), TILE)), "label": label_of(split, index)}
 
 
 def scenes(split: Any, count: int = DRAWN) -> list[Exhibit]:
     """Scenes with their annotations drawn."""
     if split is None:
         return []
-    size, objects = split.image(0).shape[-1], split.objects_at(split.image(0).shape[-1])
-    return [
-        {"uri": pictures.uri(split.image(i, size)), "size": size, "marks": pictures.truth(objects[i])}
-        for i in range(min(count, split.size))
-    ]
+    size, objects = min(split.image(0).shape[-1], SCENE), split.objects
+    return [scene(split.image(i), objects[i], size) for i in range(min(count, split.size))]
+
+
+def scene(image: Any, objects: list[dict[str, Any]], size: int) -> Exhibit:
+    """An image `(3, H, W)` as the square that detectors see, and its annotations."""
+    uri = pictures.uri(pictures.resized(image, size, size))
+    return {"uri": uri, "size": size, "marks": pictures.marks(objects, image.shape[1:], size)}
 
 
 def galleries(root: Path, profile: str, layout: Mapping[str, Any]) -> list[Exhibit]:
@@ -173,15 +201,14 @@ def galleries(root: Path, profile: str, layout: Mapping[str, Any]) -> list[Exhib
 
 
 def _anchors(split: Any, content: Mapping[str, Any]) -> list[Exhibit]:
-    def tile(index: int, anchor: int) -> Exhibit:
-        same = int(split.labels[index]) == int(split.labels[anchor])
-        return {"uri": pictures.uri(split.image(index)), "label": label_of(split, index), "same": same}
+    def member(index: int, anchor: int) -> Exhibit:
+        return tile(split, index) | {"same": int(split.labels[index]) == int(split.labels[anchor])}
 
     return [
         {
-            "anchor": tile(item["index"], item["index"]),
-            "ball": [tile(i, item["index"]) for i in item["ball"][:MEMBERS]],
-            "ring": [tile(i, item["index"]) for i in item["ring"][:MEMBERS]],
+            "anchor": tile(split, item["index"]),
+            "ball": [member(i, item["index"]) for i in item["ball"][:MEMBERS]],
+            "ring": [member(i, item["index"]) for i in item["ring"][:MEMBERS]],
         }
         for item in content["anchors"][:ANCHORS]
     ]
@@ -199,13 +226,15 @@ def detections(root: Path, profile: str, layout: Mapping[str, Any]) -> Exhibit |
     split = split_of(root, layout, "scenes", found[0][1]["split"]) if found else None
     if split is None:
         return None
-    size = side(found, split)
-    chosen, objects = [item["index"] for item in found[0][1]["images"][:DRAWN]], split.objects_at(size)
-    shown = [{"title": "annotation", "cells": [{"marks": pictures.truth(objects[i]), "text": ""} for i in chosen]}]
+    frame, objects = side(found, split), split.objects
+    size, chosen = min(frame, SCENE), [item["index"] for item in found[0][1]["images"][:DRAWN]]
+    drawn = [scene(split.image(i), objects[i], size) for i in chosen]
+    shown = [{"title": "annotation", "cells": [{"marks": item["marks"], "text": ""} for item in drawn]}]
     for title, content in found:
         by_index = {item["index"]: item for item in content["images"]}
-        shown.append({"title": title, "cells": [_detected(by_index.get(i), split.categories) for i in chosen]})
-    return {"size": size, "images": [pictures.uri(split.image(i, size)) for i in chosen], "rows": shown}
+        cells = [_detected(by_index.get(i), split.categories, frame, size) for i in chosen]
+        shown.append({"title": title, "cells": cells})
+    return {"size": size, "finds": FINDS, "images": [item["uri"] for item in drawn], "rows": shown}
 
 
 def side(found: list[tuple[str, Any]], split: Any) -> int:
@@ -217,9 +246,10 @@ def side(found: list[tuple[str, Any]], split: Any) -> int:
     return int(split.image(0).shape[-1])
 
 
-def _detected(image: Mapping[str, Any] | None, categories: list[str]) -> Exhibit:
+def _detected(image: Mapping[str, Any] | None, categories: list[str], frame: int, size: int) -> Exhibit:
+    """The best finds of an image, which come with falling scores."""
     if image is None:
         return {"marks": "", "text": "not drawn"}
-    names = [categories[k] if 0 <= k < len(categories) else str(k) for k in image["labels"]]
-    text = ", ".join(f"{name} {score:.2f}" for name, score in zip(names, image["scores"], strict=True))
-    return {"marks": pictures.found(image), "text": text or "nothing"}
+    names = [categories[k] if 0 <= k < len(categories) else str(k) for k in image["labels"][:FINDS]]
+    text = ", ".join(f"{name} {score:.2f}" for name, score in zip(names, image["scores"], strict=False))
+    return {"marks": pictures.marks(pictures.finds(image)[:FINDS], (frame, frame), size), "text": text or "nothing"}

@@ -38,7 +38,8 @@ def build(
         profile: Name of the profile.
         layout: The `tables` mapping of params.yaml.
         key: Determinism key to print.
-        view: What differs between machines (environment, durations, lock hash): the page then goes to view/<profile>/.
+        view: What differs between machines (environment, durations, lock hash): the page then goes to view/<profile>/,
+            out of git, and shows pictures that must not be passed on as well.
 
     Raises:
         UserError: An input is missing or broken, or the page would exceed its size limit.
@@ -63,6 +64,7 @@ def context(
         tables.check(table)
     judged = files.read_json(folder / "claims.json")
     deviations = tables.find(root, "docs/deviations.md")
+    shown = exhibits.public(layout) if view is None else layout
     return {
         "profile": profile,
         "command": "make repro" if profile == "desk" else f"mirepro repro --profile {profile}",
@@ -74,10 +76,11 @@ def context(
         "plots": exhibits.dots(root, profile, layout) if "T1" in made else [],
         "curves": exhibits.curves(root, profile, layout),
         "toy": exhibits.toy(root, profile),
-        "galleries": exhibits.galleries(root, profile, layout),
-        "samples": exhibits.samples(exhibits.split_of(root, layout, "images", "train")),
-        "scenes": exhibits.scenes(exhibits.split_of(root, layout, "scenes", "train")),
-        "detections": exhibits.detections(root, profile, layout),
+        "galleries": exhibits.galleries(root, profile, shown),
+        "samples": exhibits.samples(exhibits.split_of(root, shown, "images", "train")),
+        "scenes": exhibits.scenes(exhibits.split_of(root, shown, "scenes", "train")),
+        "detections": exhibits.detections(root, profile, shown),
+        "withheld": exhibits.withheld(layout) if view is None else [],
         "deviations": text.read_pipe_table(deviations.read_text(encoding="utf-8")) if deviations.exists() else [],
         "key": flat(key),
         "view": {title.replace("_", " "): flat(part) for title, part in (view or {}).items()},

@@ -1,6 +1,7 @@
 """Images inside the page: uncompressed PNG data URIs, and boxes, masks and keypoints drawn over them as SVG.
 
-PNG pixels are stored, not compressed, because compressors differ between zlib versions and the page must not.
+PNG pixels are stored, not compressed, because compressors differ between zlib versions and the page must not. Large
+images are shrunk first, in whole numbers: no rounding of floats, hence the same bytes on every machine.
 """
 
 import base64
@@ -12,7 +13,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import mirepro.data.masks as masks
+
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#d55e00", "#cc79a7")
+
+
+def thumbnail(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """The image itself if it is small enough, else shrunk until its longer side has `side` pixels.
+
+    Args:
+        image: `(3, H, W)`.
+        side: In pixels.
+    """
+    height, width = image.shape[1:]
+    longest = max(height, width)
+    if longest <= side:
+        return image
+    return resized(image, max(1, height * side // longest), max(1, width * side // longest))
+
+
+def resized(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """`(3, height, width)`: each pixel the mean of the area that it covers in the image `(3, H, W)`, rounded.
+
+    Weights and sums are whole numbers, below 2^63 for any image that fits in memory.
+    """
+    _, high, wide = image.shape
+    total = _overlaps(high, height) @ image.astype(np.int64) @ _overlaps(wide, width).T
+    return ((total + high * wide // 2) // (high * wide)).astype(np.uint8)
+
+
+def _overlaps(old: int, new: int) -> NDArray[np.int64]:
+    """`(new, old)`: how much of each old pixel a new one covers, where both rows of pixels are `old * new` long."""
+    start, place = np.arange(new)[:, None] * old, np.arange(old) * new
+    return np.maximum(0, np.minimum(start + old, place + new) - np.maximum(start, place))
 
 
 def png(image: NDArray[np.uint8]) -> bytes:
@@ -87,11 +120,12 @@ def mask_path(mask: NDArray[np.bool_]) -> str:
     return "".join(f"M{x} {y}h{e - x}v1H{x}z" for x, y, e in zip(starts, rows, ends, strict=True))
 
 
-def _segmentation(segmentation: Any) -> str:
+def _segmentation(segmentation: Any, sx: float, sy: float, side: int) -> str:
+    """Path data of a mask in a square of `side` pixels; polygons are scaled by sx and sy."""
     if isinstance(segmentation, Mapping):
-        return mask_path(decode_rle(segmentation))
+        return mask_path(masks.resize(decode_rle(segmentation), side))
     return "".join(
-        "M" + "L".join(f"{short(x)} {short(y)}" for x, y in zip(ring[::2], ring[1::2], strict=True)) + "z"
+        "M" + "L".join(f"{short(x * sx)} {short(y * sy)}" for x, y in zip(ring[::2], ring[1::2], strict=True)) + "z"
         for ring in segmentation
     )
 
@@ -101,24 +135,33 @@ def short(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def shape(box: Sequence[float], colour: str, mask: Any = None, keypoints: Any = None) -> str:
-    """SVG elements of one object.
+def marks(objects: Sequence[Mapping[str, Any]], frame: Sequence[int], side: int) -> str:
+    """SVG elements of an image's objects.
 
     Args:
-        box: x, y, w, h in pixels.
-        colour: Stroke and fill.
-        mask: COCO run-length encoding or polygons.
-        keypoints: See `visible`.
+        objects: As COCO has them: `bbox` (x, y, w, h), `segmentation` (run lengths or polygons), `keypoints` (see
+            `visible`), the last two optional.
+        frame: Height and width of the image that they refer to, in pixels.
+        side: Side of the square that is drawn on, in pixels.
     """
-    x, y, width, height = (short(value) for value in box)
+    sx, sy = side / frame[1], side / frame[0]
+    return "".join(shape(item, COLOURS[i % len(COLOURS)], sx, sy, side) for i, item in enumerate(objects))
+
+
+def shape(item: Mapping[str, Any], colour: str, sx: float, sy: float, side: int) -> str:
+    """SVG elements of one object (see `marks`), its coordinates scaled by sx and sy."""
+    x, y, width, height = (short(value * scale) for value, scale in zip(item["bbox"], (sx, sy) * 2, strict=True))
     parts = []
-    if mask:
-        parts.append(f'<path d="{_segmentation(mask)}" fill="{colour}" fill-opacity=".45"/>')
+    if item.get("segmentation"):
+        path = _segmentation(item["segmentation"], sx, sy, side)
+        parts.append(f'<path d="{path}" fill="{colour}" fill-opacity=".45"/>')
     parts.append(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="none" stroke="{colour}"/>')
-    parts += [
-        f'<circle cx="{short(px)}" cy="{short(py)}" r="1.3" fill="{colour}" stroke="#000" stroke-width=".4"/>'
-        for px, py in visible(keypoints)
-    ]
+    points = "".join(f"M{short(px * sx)} {short(py * sy)}h0" for px, py in visible(item.get("keypoints")))
+    if points:  # lines of no length with round ends: dots, black ones below; a third of the bytes of circles
+        parts += [
+            f'<path class="dots" d="{points}" stroke="{stroke}" stroke-width="{width}"/>'
+            for stroke, width in (("#000", 3), (colour, 2.2))
+        ]
     return "".join(parts)
 
 
@@ -130,16 +173,8 @@ def visible(keypoints: Any) -> list[tuple[float, float]]:
     return [(float(p[0]), float(p[1])) for p in points if len(p) < 3 or p[2] > 0]
 
 
-def truth(objects: Sequence[Mapping[str, Any]]) -> str:
-    """SVG elements of an image's annotations."""
-    return "".join(
-        shape(item["bbox"], COLOURS[i % len(COLOURS)], item.get("segmentation"), item.get("keypoints"))
-        for i, item in enumerate(objects)
-    )
-
-
-def found(image: Mapping[str, Any]) -> str:
-    """SVG elements of an image's detections."""
-    count = len(image["boxes"])
-    masks, keypoints = image.get("masks") or [None] * count, image.get("keypoints") or [None] * count
-    return "".join(shape(image["boxes"][i], COLOURS[i % len(COLOURS)], masks[i], keypoints[i]) for i in range(count))
+def finds(image: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """An image's detections as objects for `marks`."""
+    none = [None] * len(image["boxes"])
+    parts = zip(image["boxes"], image.get("masks") or none, image.get("keypoints") or none, strict=True)
+    return [{"bbox": box, "segmentation": mask, "keypoints": points} for box, mask, points in parts]
