@@ -85,6 +85,9 @@ def test_protocols_that_differ_in_words_merge() -> None:
     merged = text.merge(["L2 0.1 of 7, flat", "L2 0.01 of 7, flat", "L2 0.1 of 7, flat", ""])
     assert merged == ["L2 0.1/0.01 of 7, flat"]
     assert text.merge(["a b", "a b c"]) == ["a b", "a b c"]
+    assert text.merge(["k 128; bound", "k 256; bound"]) == ["k 128/256; bound"]
+    assert text.merge(["k 128/256; bound", "k 512; bound"]) == ["k 128/256/512; bound"]
+    assert text.merge(["a b c d", "w x y d"]) == ["a b c d", "w x y d"]  # control: three words are another protocol
 
 
 def test_keypoints_of_annotations_and_predictions() -> None:

@@ -20,13 +20,16 @@ MODELS = {"T2": "mask", "T3": "mask", "T4": "keypoint", "T8": "voc", "T9": "lvis
 class Record:
     """One run: its seed (None for a control without randomness) and its cells {name: {value, unit, protocol}}.
 
-    A control brings the answers along that a run keeps in its test.json.
+    A control brings the answers along that a run keeps in its test.json. The row is that of params.yaml, which a table
+    may call otherwise; the detail is the evaluation's or the detection's.
     """
 
     run: str
     seed: int | None
     cells: Mapping[str, Mapping[str, Any]]
     answers: Mapping[str, Any] = field(default_factory=dict)
+    row: str = ""
+    detail: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -50,11 +53,16 @@ def record(root: Path, profile: str, table: str, run: str) -> Record:
     folder = root / "metrics" / profile
     if table in MODELS:
         content = read(folder / "detect" / f"{run}-{MODELS[table]}.json")
-        return Record(run, content.get("seed"), content["cells"])
+        return _record(run, content, {})
     content = read(folder / "evaluate" / f"{run}.json")
     training = folder / "pretrain" / f"{run}.json"
     before = read(training)["cells"] if training.exists() else {}
-    return Record(run, content.get("seed"), {**before, **content["cells"]})
+    return _record(run, content, before)
+
+
+def _record(run: str, content: Mapping[str, Any], before: Mapping[str, Any]) -> Record:
+    cells, detail = {**before, **content["cells"]}, content.get("detail") or {}
+    return Record(run, content.get("seed"), cells, row=content.get("row", run), detail=detail)
 
 
 def controls(root: Path, profile: str) -> dict[str, Record]:

@@ -26,6 +26,9 @@ MARKS = {
     "supports no": ("†", "a single run: supports no claim"),
     "control": ("–", "control without randomness"),
 }
+"""By a word of the note: mark of a row's number of runs, and its meaning."""
+ROW_MARKS = {"unverified": ("‡", "definition unverified (see Deviations)"), "features": ("§", "")}
+"""Likewise, marks of a row's name; without a meaning the note's own words stand."""
 
 
 def build(
@@ -108,14 +111,33 @@ def present(table: Mapping[str, Any]) -> dict[str, Any]:
     """A table as the template wants it: texts by group of columns, marks for few seeds, protocols by column."""
     parts = []
     for heading, columns in text.groups(table):
-        lines = [{"row": row["row"], "n": seeds(row), "cells": text.cells(row, columns)} for row in table["rows"]]
+        lines = [
+            {"row": row["row"], "marks": marks(row), "n": seeds(row), "cells": text.cells(row, columns)}
+            for row in table["rows"]
+        ]
         parts.append({"heading": heading, "head": [text.heading(c, table) for c in columns], "lines": lines})
-    notes = {row.get("note", "") for row in table["rows"]}
     return {
         "name": table["table"], "title": table["title"], "text": EXPLANATIONS.get(table["table"], ""), "parts": parts,
         "counted": any("note" in row for row in table["rows"]), "protocols": protocols(table),
-        "notes": [f"{mark} {meaning}" for word, (mark, meaning) in MARKS.items() if any(word in n for n in notes)],
+        "notes": legend(table),
     }  # fmt: skip
+
+
+def legend(table: Mapping[str, Any]) -> list[str]:
+    """Every mark of the table with its meaning."""
+    parts = dict.fromkeys(part for row in table["rows"] for part in row.get("note", "").split("; "))
+    lines = [
+        f"{mark} {meaning or part}"
+        for word, (mark, meaning) in (MARKS | ROW_MARKS).items()
+        for part in parts
+        if word in part
+    ]
+    return list(dict.fromkeys(lines))
+
+
+def marks(row: Mapping[str, Any]) -> str:
+    """The marks of the row's name."""
+    return "".join(mark for word, (mark, _) in ROW_MARKS.items() if word in row.get("note", ""))
 
 
 def seeds(row: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from mirepro import files
 from mirepro.errors import UserError
 from mirepro.metrics import BY_FORM
-from mirepro.report import claims, metrics, published, statistics, text
+from mirepro.report import claims, facts, metrics, published, statistics, text
 from mirepro.report.published import Published
 
 Table = dict[str, Any]
@@ -27,6 +27,7 @@ TITLES = {
 }
 ACCURACY = ("linear_flat", "linear_pool", "linear_author_flat", "linear_author_pool",
             "knn_1", "knn_5", "knn_20", "knn_200")  # fmt: skip
+ABLATED = ("linear_flat", "linear_pool", "linear_author_flat", "knn_1", "knn_200")
 INFORMATION = ("estimate", "cap", "nce_at_equal_f", "mi_views", "certified_share", "t3_share", "fallback_share",
                "images_seen", "parameters")  # fmt: skip
 REGION = ("estimate", "cap", "nce_at_equal_f", "mi_views", "certified_share", "fallback_share", "own_copies",
@@ -35,8 +36,8 @@ TOY = ("mi", "estimate", "se", "bias", "sd", "certified")
 COLUMNS = {
     "T1": ACCURACY + INFORMATION,
     "T5": TOY,
-    "T6": ("linear_flat", "linear_pool", "knn_1", "knn_200", *REGION),
-    "T7": ("linear_flat", "linear_pool", "knn_1", "knn_200", "estimate", "cap", "nce_at_equal_f", "mi_views"),
+    "T6": (*ABLATED, *REGION),
+    "T7": (*ABLATED, "estimate", "cap", "nce_at_equal_f", "mi_views"),
 }
 TASKS = {"T2": "box", "T3": "mask", "T4": "keypoint", "T8": "box", "T9": "box", "T10": "mask"}
 VARIANTS = ("tuned", "fixed", "long", "frozen")
@@ -82,10 +83,11 @@ def make(root: Path, profile: str, layout: Mapping[str, Any], name: str, values:
         return None
     records = metrics.records(root, profile, layout, name)
     columns = COLUMNS.get(name) or precision_columns(TASKS[name], records.values())
+    others = facts.usual(records.values())
     rows = [
         {
             "row": row,
-            "note": note(items),
+            "note": note(items, others),
             "cells": {column: cell(items, column, values.get((row, published_as(name, column)))) for column in columns},
         }
         for row, items in records.items()
@@ -93,7 +95,19 @@ def make(root: Path, profile: str, layout: Mapping[str, Any], name: str, values:
     return {"table": name, "title": TITLES[name], "columns": list(columns), "rows": rows}
 
 
-def note(records: list[metrics.Record]) -> str:
+def note(records: list[metrics.Record], others: str = "") -> str:
+    """What a reader has to know of a row: how far it may be used, what nobody checked, features of another size.
+
+    Args:
+        records: The row's runs.
+        others: Sizes of the other rows' features.
+    """
+    first = records[0]
+    parts = [support(records), facts.definition(first.row), facts.features(first, others)]
+    return "; ".join(part for part in parts if part)
+
+
+def support(records: list[metrics.Record]) -> str:
     """How far a row may be used: five seeds enter claims, three allow no ordering, one supports nothing."""
     if records[0].seed is None:
         return "control without randomness"
@@ -105,13 +119,13 @@ def note(records: list[metrics.Record]) -> str:
 def cell(records: list[metrics.Record], column: str, published: float | None) -> dict[str, Any]:
     """Mean and sample standard deviation over the runs that have a value."""
     values = [v for v in (metrics.value(item, column) for item in records) if v is not None]
-    known = [item.cells[column] for item in records if column in item.cells]
+    known = [item for item in records if column in item.cells]
     return entry(
         statistics.mean(values) if values else None,
         statistics.deviation(values) if values else None,
         len(values),
-        next((item["unit"] for item in known), ""),
-        " | ".join(text.merge([item["protocol"] for item in known])),
+        next((item.cells[column]["unit"] for item in known), ""),
+        " | ".join(text.merge([facts.protocol(item, column) for item in known])),
         published,
     )
 

@@ -37,7 +37,7 @@ COUNTS = ("images_seen", "parameters")
 DECIMALS = {"%": 1, "nats": 3}
 GROUPS = {
     "T1": (("Accuracy", 8), ("Mutual information and budget", 9)),
-    "T6": (("Accuracy", 4), ("Mutual information and region", 8)),
+    "T6": (("Accuracy", 5), ("Mutual information and region", 8)),
 }
 
 
@@ -109,18 +109,25 @@ def span(limits: Sequence[float] | None) -> str:
 
 
 def merge(protocols: Sequence[str]) -> list[str]:
-    """Protocols that differ in single words only become one, e.g. `L2 0.01/0.1 chosen on val`."""
-    shapes: dict[int, list[list[str]]] = {}
-    for protocol in dict.fromkeys(protocols):
-        if protocol:
-            shapes.setdefault(len(protocol.split()), []).append(protocol.split())
-    return [
-        " ".join(
-            "/".join(dict.fromkeys(part for word in words for part in word.split("/")))
-            for words in zip(*group, strict=True)
-        )
-        for group in shapes.values()
-    ]
+    """Protocols that differ in two words at most become one, e.g. `L2 0.01/0.1 chosen on val`."""
+    groups: list[list[list[str]]] = []
+    for words in (protocol.split() for protocol in dict.fromkeys(protocols) if protocol):
+        fitting = next((group for group in groups if _alike(group[0], words)), None)
+        if fitting is None:
+            groups.append([words])
+        else:
+            fitting.append(words)
+    return [" ".join(_joined(words) for words in zip(*group, strict=True)) for group in groups]
+
+
+def _joined(words: Sequence[str]) -> str:
+    """The words once each, with the stop at their end, if they all have it, once: `k 128/256;`."""
+    stop = next((stop for stop in ";," if all(word.endswith(stop) for word in words)), "")
+    return "/".join(dict.fromkeys(part for word in words for part in word.removesuffix(stop).split("/"))) + stop
+
+
+def _alike(one: Sequence[str], other: Sequence[str]) -> bool:
+    return len(one) == len(other) and sum(a != b for a, b in zip(one, other, strict=True)) <= 2
 
 
 def verdict(item: Mapping[str, Any]) -> list[str]:
