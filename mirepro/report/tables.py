@@ -32,9 +32,10 @@ INFORMATION = ("estimate", "cap", "nce_at_equal_f", "mi_views", "certified_share
                "images_seen", "parameters")  # fmt: skip
 REGION = ("estimate", "cap", "nce_at_equal_f", "mi_views", "certified_share", "fallback_share", "own_copies",
           "same_class_share")  # fmt: skip
+COLLAPSE = ("covariance_rank", "alignment", "uniformity")
 TOY = ("mi", "estimate", "se", "bias", "sd", "certified")
 COLUMNS = {
-    "T1": ACCURACY + INFORMATION,
+    "T1": ACCURACY + INFORMATION + COLLAPSE,
     "T5": TOY,
     "T6": (*ABLATED, *REGION),
     "T7": (*ABLATED, "estimate", "cap", "nce_at_equal_f", "mi_views"),

@@ -27,6 +27,9 @@ NAMES = {
     "same_class_share": "same-class share",
     "images_seen": "images seen",
     "parameters": "parameters",
+    "covariance_rank": "covariance rank",
+    "alignment": "alignment",
+    "uniformity": "uniformity",
     "mi": "exact MI",
     "se": "standard error",
     "bias": "bias",
@@ -36,7 +39,7 @@ NAMES = {
 COUNTS = ("images_seen", "parameters")
 DECIMALS = {"%": 1, "nats": 3}
 GROUPS = {
-    "T1": (("Accuracy", 8), ("Mutual information and budget", 9)),
+    "T1": (("Accuracy", 8), ("Mutual information and budget", 9), ("Signs of collapse", 3)),
     "T6": (("Accuracy", 5), ("Mutual information and region", 8)),
 }
 
