@@ -61,7 +61,7 @@ def _certified(objective: Objective, q: Query, estimate: Tensor, everything: Ten
     positive = q.bank.gather_dot(q.z, q.index[:, None])[:, 0] / objective.tau
     bound = math.log(q.size) - float((everything - positive).double().mean())
     estimate = estimate.double()
-    error = float(estimate.std()) / math.sqrt(len(estimate)) if len(estimate) > 1 else 0.0
+    error = float(estimate.std()) / math.sqrt(len(estimate)) if len(estimate) > 1 else math.inf
     return float(float(estimate.mean()) + 3 * error <= bound)
 
 

@@ -348,7 +348,7 @@ class Trainer:
                 "nats",
                 f"mean over the last epoch; k {k}; {claim[self._claim()]}",
             ),
-            "cap": (last.get("cap"), "nats", "min(log k, log N)"),
+            "cap": (last.get("cap"), "nats", "largest estimate that k draws from the region allow"),
             "nce_at_equal_f": (self._nce(), "nats", f"unrestricted ir estimate of the final f, fresh views, k {k}"),
             "mi_views": (mi, "nats", f"held out: two fresh views of {len(self.val)} val images, tau {tau}"),
             "certified_share": (

@@ -250,6 +250,7 @@ def test_las_warm_up_scales_with_the_schedule():
     la = objectives.create("la", {})
     assert [la.warmup_epochs(total) for total in (1, 2, 20, 21, 100, 200, 400)] == [1, 1, 1, 2, 5, 10, 20]
     assert objectives.create("la", {"warmup_fraction": 0.0}).warmup_epochs(200) == 0
+    assert objectives.create("la", {"warmup_fraction": 0.07}).warmup_epochs(100) == 7, "no float above the decimal"
     z, banks, index = setting()
     steps = [Step(0, 3, 400, epoch, 40) for epoch in range(40)]
     losses = [[terms(ready(name, banks), z, banks, index, step)[0].loss for step in steps] for name in ("la", "ir_nce")]

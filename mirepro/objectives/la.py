@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class La(Clustered):
 
     def warmup_epochs(self, total: int) -> int:
         """Epochs of `ir_nce`, at least one where the fraction is positive (author code: 10 of 200)."""
-        return math.ceil(self.warmup_fraction * total)
+        return math.ceil(Fraction(str(self.warmup_fraction)) * total)
 
     def terms(self, q: Query) -> Terms:
         """See `Objective.terms`; no estimate."""
