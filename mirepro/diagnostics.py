@@ -33,7 +33,7 @@ def epoch(
         banks: As they stood when the loss was taken.
         index: `(B,)` own rows.
         step: The batch's step.
-        classes: `(N,)` class of each bank row; read for diagnostics only.
+        classes: `(N,)` class of each bank row, -1 where it has none; read for diagnostics only.
     """
     rows = [_query(objective, q, classes) for q in objective.queries(z, banks, index, step)]
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
@@ -52,7 +52,9 @@ def _query(objective: Objective, q: Query, classes: Tensor) -> dict[str, float]:
     values["fallback_share"] = fallbacks(q) if fallbacks else 0.0
     if terms.negatives is not None:
         values["own_copies"] = float((terms.negatives == q.index[:, None]).double().sum(1).mean())
-        values["same_class_share"] = float((classes[terms.negatives] == classes[q.index][:, None]).double().mean())
+        if int(classes[q.index].min()) >= 0:
+            same = classes[terms.negatives] == classes[q.index][:, None]
+            values["same_class_share"] = float(same.double().mean())
     return values
 
 

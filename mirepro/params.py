@@ -62,10 +62,12 @@ class PretrainParams:
 
     `device` is cpu, or cuda (tiers exact and fast), where a rank takes the device of its local number. `bank_shards` 0
     keeps the whole bank on every rank; V >= 1 spreads it over the ranks in V blocks, for banks that one device cannot
-    hold: results depend on V, and not on the number of ranks, which has to divide V.
+    hold: results depend on V, and not on the number of ranks, which has to divide V. `split` is train, or unlabelled
+    where the data have images without labels for pretraining (STL-10).
     """
 
     data: str = "desk"
+    split: str = "train"
     device: str = "cpu"
     epochs: int = 10
     batch: int = 128

@@ -40,9 +40,7 @@ def _pretraining(profile: Profile) -> None:
 
     data = profile.values["pretrain"]["data"]
     manifest = shards.read_manifest(profile.root / "data" / data)
-    if "train" not in manifest["splits"]:
-        raise UserError(f"pretrain.data: {data} has no split train; known: {', '.join(manifest['splits'])}")
-    size, classes = manifest["splits"]["train"]["samples"], len(manifest["meta"]["classes"])
+    sizes, classes = manifest["splits"], len(manifest["meta"]["classes"])
     seen: set[str] = set()
     for name, entry in profile.runs.items():
         if entry.row in seen:
@@ -50,10 +48,14 @@ def _pretraining(profile: Profile) -> None:
         seen.add(entry.row)
         run = profile.run(name)
         try:
+            objective = objectives.create(run.objective, run.options)
+            settings.check_split(run.pretrain, objective.uses_labels)
+            if run.pretrain.split not in sizes:
+                raise UserError(f"pretrain.split: {data} has no {run.pretrain.split}; known: {', '.join(sizes)}")
+            size = sizes[run.pretrain.split]["samples"]
             settings.check(run.pretrain, size)
             encoders.check(run.pretrain.encoder)
             determinism.check_device("pretrain.device", run.pretrain.device, run.tier, here=False)
-            objective = objectives.create(run.objective, run.options)
             objective.check(size, run.pretrain.encoder.dim)
             if objective.uses_labels and getattr(objective, "classes", classes) != classes:
                 raise UserError(f"objective {run.objective}.classes: use {classes}, as the data have")

@@ -43,7 +43,7 @@ def pretrain(run: RunParams, data_folder: Path, work: Path, out: Path, fingerpri
 
     Args:
         run: Row, seed, objective and everything else that decides the result.
-        data_folder: Data set with splits train and val; test is never opened.
+        data_folder: Data set with the split to train on and val; test is never opened.
         work: Folder that survives a kill.
         out: Folder to fill: encoder.safetensors, bank.safetensors, history.jsonl, chain.txt.
         fingerprint: Names the run; a checkpoint of another one is refused.
@@ -55,12 +55,22 @@ def pretrain(run: RunParams, data_folder: Path, work: Path, out: Path, fingerpri
         UserError: Impossible parameters, damaged data, a foreign checkpoint.
     """
     with ranks.join(run.pretrain.shards, fingerprint) as world:
-        trainer = Trainer(run, shards.open(data_folder, "train"), shards.open(data_folder, "val"), world)
+        trainer = Trainer(run, *opened(run, data_folder), world)
         trainer.resume(world.share(lambda: checkpoint.load(work, fingerprint)))
         trainer.loop(work, fingerprint)
         trainer.write(out)
         document = trainer.metrics()  # on all ranks, among which a bank may be spread
         return document if world.leader else {}
+
+
+def opened(run: RunParams, data_folder: Path) -> tuple[shards.Split, shards.Split]:
+    """The split to train on, and val.
+
+    Raises:
+        UserError: A split is missing, damaged, or of no use to the objective.
+    """
+    settings.check_split(run.pretrain, objectives.create(run.objective, run.options).uses_labels)
+    return shards.open(data_folder, run.pretrain.split), shards.open(data_folder, "val")
 
 
 class Trainer:
@@ -329,7 +339,7 @@ class Trainer:
         if not self.world.leader:
             return
         encoders.save(out / "encoder.safetensors", self.model)
-        files.write_bytes(out / "bank.safetensors", to_safetensors(rows))
+        files.write_bytes(out / "bank.safetensors", to_safetensors(rows, {"split": self.params.split}))
         for name, lines in (("history.jsonl", self.history), ("chain.txt", self.chain)):
             files.write_text(out / name, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
 

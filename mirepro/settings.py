@@ -10,6 +10,7 @@ from mirepro.errors import UserError
 from mirepro.params import OptimParams, PretrainParams
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SPLITS = ("train", "unlabelled")
 
 
 def check(params: PretrainParams, size: int) -> None:
@@ -36,6 +37,16 @@ def check(params: PretrainParams, size: int) -> None:
     if params.optim.schedule not in schedules:
         raise UserError(f"optim.schedule: {params.optim.schedule!r} is unknown; known: {', '.join(schedules)}")
     views.check(params.views)
+
+
+def check_split(params: PretrainParams, uses_labels: bool) -> None:
+    """Refuses with UserError a split that is not for training, and what asks for labels where there are none."""
+    if params.split not in SPLITS:
+        raise UserError(f"pretrain.split: {params.split!r} is impossible; use {' or '.join(SPLITS)}")
+    if params.split == "unlabelled" and uses_labels:
+        raise UserError("pretrain.split: unlabelled, and the objective learns from labels; use train in its row")
+    if params.split == "unlabelled" and params.monitor:
+        raise UserError(f"pretrain.monitor: {params.monitor}, and images without labels give a neighbour none; use 0")
 
 
 def learning_rate(optim: OptimParams, progress: float) -> float:

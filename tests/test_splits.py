@@ -40,7 +40,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = encoders.Ensemble(EncoderParams(width=4, stem="tiny", dim=8))
     encoders.initialise(model, 0)
     encoders.save(folder / "encoder.safetensors", model)
-    save_file({"rgb": MemoryBank(80, 8, seed=0).rows}, folder / "bank.safetensors")
+    save_file({"rgb": MemoryBank(80, 8, seed=0).rows}, folder / "bank.safetensors", {"split": "train"})
     return folder
 
 

@@ -137,15 +137,14 @@ def _show(profile: Profile, stage: str, steps: int) -> Evidence:
     Raises:
         UserError: Something differs; the first difference is named.
     """
-    from mirepro.data import shards
-    from mirepro.pretrain import Trainer
+    from mirepro.pretrain import Trainer, opened
 
     name = stage.partition("@")[2]
     run = profile.run(name)
     recorded = profile.root / "runs" / profile.name / "pretrain" / name
     metrics = profile.root / "metrics" / profile.name / "pretrain" / f"{name}.json"
     data = profile.root / "data" / run.pretrain.data
-    trainer = Trainer(run, shards.open(data, "train"), shards.open(data, "val"))
+    trainer = Trainer(run, *opened(run, data))
     period = run.pretrain.digest
     steps = min(-(-steps // period) * period, trainer.total_steps)
     with tempfile.TemporaryDirectory(prefix="mirepro-relock-") as place:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from mirepro import encoders, files, metrics, ops, views
@@ -162,8 +162,9 @@ def _converged(
 
 def gallery(pretrained: Path, params: EvaluateParams) -> dict[str, Any]:
     """Nearest rows (ball) and rows from rank 1 % on (ring) of a few evenly spaced anchors, by the final bank."""
-    banks = load_file(pretrained / "bank.safetensors")
-    rows = torch.cat(list(banks.values()), 1)
+    with safe_open(pretrained / "bank.safetensors", "pt") as banks:
+        split = banks.metadata()["split"]
+        rows = torch.cat([banks.get_tensor(name) for name in banks.keys()], 1)  # noqa: SIM118
     n = len(rows)
     anchors = torch.arange(params.anchors) * (n // params.anchors)
     start, end = n // 100, n // 10
@@ -173,7 +174,7 @@ def gallery(pretrained: Path, params: EvaluateParams) -> dict[str, Any]:
     for anchor, order in zip(anchors.tolist(), near, strict=True):
         ball = [i for i in order.tolist() if i != anchor][: params.gallery]
         items.append({"index": anchor, "ball": ball, "ring": order[ring].tolist()})
-    return {"split": "train", "anchors": items}
+    return {"split": split, "anchors": items}
 
 
 def _write(out: Path, predicted: dict[str, Tensor], classes: Tensor, pictures: dict[str, Any]) -> None:
