@@ -47,6 +47,14 @@ def test_work_grows_as_it_must(paper: profiles.Profile) -> None:
     assert work.pretraining(longer, sizes).encoder == pytest.approx(2 * works["ir"].encoder, rel=0.01)
 
 
+def test_work_counts_the_images_that_a_row_learns_from(root: Path) -> None:
+    stl10 = profiles.load(root, "stl10")
+    works = budget.works(stl10)
+    free, seen = works["pretrain@ir-s0"], works["pretrain@supervised-s0"]
+    assert free.encoder == pytest.approx(100_000 / 4500 * seen.encoder, rel=0.05)
+    assert works["evaluate@ir-s0"].encoder == works["evaluate@supervised-s0"].encoder  # control: both from train
+
+
 def test_a_missing_rate_gives_no_number() -> None:
     assert budget.seconds(Work(3e9, 4e9, 2e9, 0, 0, 0), RATES, "pretrain") == 1 + 3 + 2 + 0.5
     assert budget.seconds(Work(3e9, 4e9, 0, 1.0, 0, 0), RATES, "pretrain") is None

@@ -59,9 +59,10 @@ def test_every_row_is_possible_at_paper_scale(paper: profiles.Profile) -> None:
 def test_rows_of_small_sets_are_possible_and_fit_their_regions(root: Path, name: str) -> None:
     profile = profiles.load(root, name)
     profile.check()
-    size, _, _, classes = work.SIZES[profile.values["pretrain"]["data"]]
     for key in profile.runs:
         run = profile.run(key)
+        sizes = work.data(root / "nowhere", run.pretrain.data, run.pretrain.split)
+        size, classes = sizes.train, sizes.classes
         assert objectives.create(run.objective, run.options).check(size, run.pretrain.encoder.dim) == [], key
         assert run.options.get("classes", profile.name) in (classes, profile.name)
     more = {**profile.run("ring-s0").options, "k": size // 10}

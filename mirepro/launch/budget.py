@@ -29,7 +29,7 @@ def works(profile: Profile) -> dict[str, Work]:
     for name, entry in profile.runs.items():
         if entry.row not in kept:  # seeds do not change the work
             run = profile.run(name)
-            kept[entry.row] = (work.pretraining(run, work.data(profile.root, run.pretrain.data)),
+            kept[entry.row] = (work.pretraining(run, work.data(profile.root, run.pretrain.data, run.pretrain.split)),
                                work.evaluation(run, values, work.data(profile.root, values.data)))  # fmt: skip
         result[f"pretrain@{name}"], result[f"evaluate@{name}"] = kept[entry.row]
     return result | {f"detect@{name}": detection(profile, name) for name in profile.detect_runs}

@@ -5,7 +5,7 @@ the linear evaluation; bytes of what is held at once and of the outputs.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +28,8 @@ DEFAULT_SIDE = 256
 SIZES = {"imagenet": (1_271_167, 10_000, 50_000, 1000), "cifar10": (45_000, 5000, 10_000, 10),
          "cifar100": (45_000, 5000, 10_000, 100), "stl10": (4500, 500, 8000, 10)}  # fmt: skip
 """Images of train, val and test, and classes, of data sets that may not be here."""
+UNLABELLED = {"stl10": 100_000}
+"""Images of their unlabelled split."""
 SIDES = {"cifar10": 32, "cifar100": 32, "stl10": 96, "desk": 32}
 
 
@@ -65,16 +67,17 @@ class Work:
     detector: float = 0.0
 
 
-def data(root: Path, name: str) -> Data:
-    """Sizes of a data set: its manifest's, else those that are known."""
+def data(root: Path, name: str, learnt: str = "train") -> Data:
+    """Sizes of a data set, with split `learnt` for `train`: its manifest's, else those that are known."""
     path = root / "data" / name / "manifest.json"
     side = SIDES.get(name, DEFAULT_SIDE)
     if not path.is_file() and name not in SIZES:
         raise UserError(f"{path}: no such file, and the size of {name} is not known otherwise; import the data")
     if not path.is_file():
-        return Data(*SIZES[name], side)
+        known = Data(*SIZES[name], side)
+        return known if learnt == "train" else replace(known, train=UNLABELLED[name])
     manifest = files.read_json(path)
-    train, val, test = (manifest["splits"][split]["samples"] for split in ("train", "val", "test"))
+    train, val, test = (manifest["splits"][split]["samples"] for split in (learnt, "val", "test"))
     return Data(train, val, test, len(manifest["meta"]["classes"]), side)
 
 

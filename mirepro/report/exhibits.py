@@ -202,7 +202,8 @@ def galleries(root: Path, profile: str, layout: Mapping[str, Any]) -> list[Exhib
 
 def _anchors(split: Any, content: Mapping[str, Any]) -> list[Exhibit]:
     def member(index: int, anchor: int) -> Exhibit:
-        return tile(split, index) | {"same": int(split.labels[index]) == int(split.labels[anchor])}
+        one, other = int(split.labels[index]), int(split.labels[anchor])
+        return tile(split, index) | {"same": one == other >= 0}  # images without a label have -1
 
     return [
         {
