@@ -33,7 +33,7 @@ def desk(root: Path, tmp_path: Path, change: dict[str, Any]) -> profiles.Profile
         ({"rows": {"ir": {"options": {"tau": 0.0}}}}, "rows.ir: objective Ir.tau: 0.0 is impossible"),
         ({"rows": {"ir": {"pretrain": {"batch": 10**6}}}}, "rows.ir: pretrain.batch: 1000000 is impossible"),
         ({"rows": {"ir": {"pretrain": {"encoder": {"arch": "vgg"}}}}}, "rows.ir: encoder.arch: 'vgg' is unknown"),
-        ({"rows": {"ir": {"pretrain": {"split": "test"}}}}, "rows.ir: pretrain.split: 'test' is impossible; use train or"),
+        ({"rows": {"ir": {"pretrain": {"split": "test"}}}}, "rows.ir: pretrain.split: 'test' is impossible; use "),
         ({"rows": {"ir": {"pretrain": {"split": "unlabelled", "monitor": 0}}}},
          "rows.ir: pretrain.split: desk has no unlabelled; known: "),
         ({"rows": {"ir": {"pretrain": {"device": "tpu"}}}}, "rows.ir: pretrain.device: 'tpu' is impossible"),
