@@ -153,7 +153,7 @@ def diff(run_a: Path, run_b: Path) -> None:
 
 @data_app.command("import")
 def import_data(
-    kind: Annotated[str, typer.Argument(help="cifar10, cifar100, stl10, imagenet, coco, voc or lvis")],
+    kind: Annotated[str, typer.Argument(help="cifar10, cifar100, stl10, imagenet, coco, coco_mini, voc or lvis")],
     path: Path,
     out: Annotated[Path | None, typer.Option(help="folder of the data set [default: data/KIND]")] = None,
     side: Annotated[int | None, typer.Option(help="imagenet: side of the stored squares; 0 keeps the bytes")] = None,

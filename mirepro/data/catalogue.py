@@ -42,6 +42,9 @@ ENTRIES = {
     "coco": Entry("COCO 2017", "https://cocodataset.org/#download",
                   "train2017.zip, val2017.zip, annotations_trainval2017.zip, unpacked into one folder",
                   "annotations CC BY 4.0; images under Flickr's terms of use", 20),
+    "coco_mini": Entry("159 images of COCO 2017", "https://github.com/Obmutescence/COCO-MINI",
+                       "the folders annotations, train2017, val2017", "as coco; some of the images are non-commercial",
+                       0.03),
     "voc": Entry("PASCAL VOC 07+12", "http://host.robots.ox.ac.uk/pascal/VOC/",
                  "VOCtrainval_06-Nov-2007.tar, VOCtest_06-Nov-2007.tar, VOCtrainval_11-May-2012.tar, unpacked",
                  "images under Flickr's terms of use", 2.8),
@@ -74,7 +77,7 @@ def load(kind: str, path: Path, folder: Path, side: int | None, jobs: int) -> Co
         raise UserError(f"data import {kind}: --side is for imagenet; other images keep their bytes")
     readers: dict[str, Callable[[Path, Path], Counts]] = {
         "cifar10": cifar.import_cifar10, "cifar100": cifar100.import_cifar100, "stl10": stl10.import_stl10,
-        "coco": coco.import_coco, "voc": voc.import_voc, "lvis": lvis.import_lvis,
+        "coco": coco.import_coco, "coco_mini": coco.import_coco, "voc": voc.import_voc, "lvis": lvis.import_lvis,
     }  # fmt: skip
     return readers[kind](path, folder)
 
