@@ -8,6 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 
+from mirepro.data import cifar as cifar10
 from mirepro.data import cifar100, shards, stl10
 from mirepro.errors import UserError
 
@@ -74,6 +75,10 @@ class Attack:
 
     def __reduce__(self):
         return (shutil.copyfile, (self.path, self.path + ".copy"))
+
+
+def test_cifar100_is_not_taken_for_cifar10(cifar, tmp_path):
+    refused(cifar10.import_cifar10, cifar, tmp_path / "out", r"as in CIFAR-100; `mirepro data import cifar100`")
 
 
 def test_damaged_cifar100(cifar, tmp_path):

@@ -50,6 +50,8 @@ def import_cifar10(path: Path | str, folder: Path | str) -> dict[str, dict[str, 
     """
     with sources.unpacked(path, Path(folder)) as source:
         if (found := sources.root(source, "train", "test")) is not None:
+            if not (found / "train").is_dir():
+                raise UserError(f"{path}: train and test are files, as in CIFAR-100; `mirepro data import cifar100`")
             read: _Reader = _FolderReader(found)
         elif (found := sources.root(source, "data_batch_1", "test_batch")) is not None:
             read = _PickleReader(found)
