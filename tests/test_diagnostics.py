@@ -13,7 +13,7 @@ from torch import Tensor
 from mirepro import diagnostics, objectives, reference, rng
 from mirepro.bank import MemoryBank, WholeBank
 from mirepro.objectives.base import Objective, Query, Step
-from tests.test_objectives import B, N, setting, terms, unit
+from tests.contrasts import B, N, setting, terms, unit
 
 STEP = Step(0, 3, 10, 1, 2)
 FEW = settings(max_examples=40, deadline=None)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mirepro import bank, kmeans, rng
 from mirepro.bank import WholeBank
-from tests.test_objectives import unit
+from tests.contrasts import unit
 
 F64 = NDArray[np.float64]
 

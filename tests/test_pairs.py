@@ -16,7 +16,7 @@ from mirepro.objectives.base import Step
 from mirepro.objectives.moco import Moco
 from mirepro.objectives.regions import ranks
 from mirepro.params import EncoderParams
-from tests.test_objectives import D, unit
+from tests.contrasts import D, unit
 
 STEP = Step(0, 3, 10, 1, 2)
 QUEUE = 50

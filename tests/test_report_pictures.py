@@ -171,7 +171,7 @@ def test_pictures_are_shown_where_the_catalogues_terms_forbid_nothing() -> None:
     free = {name for name, entry in catalogue.ENTRIES.items() if entry.terms == CITED}
     assert set(exhibits.PASSED_ON) == free | set(data.NAMES)
     forbidden = catalogue.ENTRIES.keys() - free
-    assert forbidden == {"imagenet", "stl10", "coco", "coco_mini", "voc", "lvis"}  # control: the catalogue has both kinds
+    assert forbidden == {"imagenet", "stl10", "coco", "coco_mini", "voc", "lvis"}  # control: both kinds are there
     assert all(re.search("ImageNet|Flickr|COCO", catalogue.ENTRIES[name].terms) for name in forbidden)
 
 
