@@ -164,3 +164,20 @@ def test_ablations_show_the_authors_protocol(made: Path) -> None:
         assert None not in shown
     short = {"table": "T6", "columns": table(made, "T6")["columns"][1:]}
     assert [len(columns) for _, columns in text.groups(short)] == [5, 7]  # control: the last group would lack one
+
+
+def test_every_column_is_an_accuracy_or_says_what_it_is(made: Path) -> None:
+    columns = {column for name in ("T1", "T6", "T7") for column in tables.COLUMNS[name]}
+    assert columns - set(tables.ACCURACY) == set(facts.MEANINGS)
+    for name, shown in (("T1", "covariance rank"), ("T6", "own-row copies"), ("T5", None)):
+        meanings = dict(page.meanings(table(made, name)))
+        assert shown in meanings if shown else not meanings
+    assert "own-row copies" not in dict(page.meanings(table(made, "T1")))  # control: a column that T1 has not
+
+
+def test_a_page_without_claims_has_no_section_of_them(made: Path) -> None:
+    judged = files.read_json(made / "tables/desk/claims.json")
+    for claims, shown in ((judged["claims"], True), ([], False)):
+        files.write_json(made / "tables/desk/claims.json", judged | {"claims": claims})
+        html = page.build(made, "desk", {**LAYOUT, "data": {}}, KEY, None).read_text()
+        assert ('id="claims"' in html, 'href="#claims"' in html, "Claims supported" in html) == (shown,) * 3

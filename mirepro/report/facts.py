@@ -9,6 +9,25 @@ from mirepro.report.metrics import Record
 UNVERIFIED = ("cave", "cave_numerator", "cmc_ball", "cmc_ring", "moco_ring", "simclr")
 """Objectives whose definition nobody could check; docs/deviations.md has the reasons."""
 TASKS = ("box", "mask", "keypoint")
+MEANINGS = {
+    "estimate": "what the row's own objective estimates of the mutual information, mean over the last epoch",
+    "cap": "the largest value that so many draws let an estimate take",
+    "nce_at_equal_f": "ir's estimate, negatives from the whole bank, of the final encoder: one measure for all rows",
+    "mi_views": "lower bound of I(view; view'): two fresh views of each val image, all other images as negatives",
+    "certified_share": "share of epochs whose last batch has estimate + 3 standard errors <= log N - cross-entropy "
+                       "over the whole bank, itself a bound; by form: a bound that needs no certificate",
+    "t3_share": "share of anchors whose lowest-scoring row of the region reaches the bank's log-mean-exp, which is "
+                "enough for a bound and not necessary; of cave, which leaves rows of the region out, a lower bound",
+    "fallback_share": "share of anchors whose region is empty; they draw from the ball without their own row",
+    "own_copies": "how often the anchor's own row is drawn among its negatives",
+    "same_class_share": "share of the negatives that have the anchor's class: false negatives",
+    "covariance_rank": "exp of the entropy of the covariance's eigenvalues, on val: 1 where embeddings lie on a line",
+    "alignment": "mean squared distance of an image's two views, on val: 0 to 4",
+    "uniformity": "log of the mean of exp(-2 squared distance) of different images, on val: 0 where they are one point",
+    "images_seen": "training images drawn",
+    "parameters": "trainable parameters of the encoders",
+}  # fmt: skip
+"""What the columns of trained rows are that are not accuracies or COCO's own."""
 
 
 def definition(row: str) -> str:

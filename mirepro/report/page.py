@@ -6,7 +6,7 @@ from typing import Any
 
 from mirepro import files
 from mirepro.errors import UserError
-from mirepro.report import claims, exhibits, metrics, tables, text
+from mirepro.report import claims, exhibits, facts, metrics, tables, text
 
 LIMIT = 2_000_000
 EXPLANATIONS = {
@@ -119,8 +119,15 @@ def present(table: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": table["table"], "title": table["title"], "text": EXPLANATIONS.get(table["table"], ""), "parts": parts,
         "counted": any("note" in row for row in table["rows"]), "protocols": protocols(table),
-        "notes": legend(table),
+        "notes": legend(table), "meanings": meanings(table),
     }  # fmt: skip
+
+
+def meanings(table: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(column, what it is) of those whose name does not say it; T5's protocols do."""
+    if table["table"] == "T5":
+        return []
+    return [(text.NAMES[name], facts.MEANINGS[name]) for name in table["columns"] if name in facts.MEANINGS]
 
 
 def legend(table: Mapping[str, Any]) -> list[str]:
@@ -171,7 +178,7 @@ def cards(made: Mapping[str, Any], judged: Mapping[str, Any]) -> list[tuple[str,
     rest = f"{verdicts.count(claims.REJECTED)} not supported" + (
         f", {open_ones} without enough seeds" if open_ones else ""
     )
-    result = [("Claims supported", f"{count} of {len(verdicts)}", rest)]
+    result = [("Claims supported", f"{count} of {len(verdicts)}", rest)] if verdicts else []
     for name, columns, what in (
         ("T1", metrics.PRIMARY, "Linear top-1"),
         ("T2", ("box_AP50_tuned",), "Box AP50"),
