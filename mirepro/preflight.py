@@ -1,10 +1,13 @@
 """What the stages would refuse, said before the first one runs."""
 
 import hashlib
+from collections.abc import Iterable
 
 from mirepro import determinism, files, params
 from mirepro.errors import UserError
 from mirepro.profiles import Profile
+
+EVALUATED = ("train", "val", "test")
 
 
 def check(profile: Profile) -> None:
@@ -50,8 +53,7 @@ def _pretraining(profile: Profile) -> None:
         try:
             objective = objectives.create(run.objective, run.options)
             settings.check_split(run.pretrain, objective.uses_labels)
-            if run.pretrain.split not in sizes:
-                raise UserError(f"pretrain.split: {data} has no {run.pretrain.split}; known: {', '.join(sizes)}")
+            _check_splits("pretrain.data", data, sizes, run.pretrain.split, "val")
             size = sizes[run.pretrain.split]["samples"]
             settings.check(run.pretrain, size)
             encoders.check(run.pretrain.encoder)
@@ -63,15 +65,26 @@ def _pretraining(profile: Profile) -> None:
             raise UserError(f"rows.{entry.row}: {error}") from error
 
 
+def _check_splits(key: str, data: str, known: Iterable[str], *wanted: str) -> None:
+    """Refuses data without a split that a stage reads, late perhaps."""
+    for split in wanted:
+        if split not in known:
+            raise UserError(f"{key}: {data} has no split {split}; known: {', '.join(known)}")
+
+
 def _transfer(profile: Profile) -> None:
     from mirepro import toy
+    from mirepro.data import shards
     from mirepro.transfer import detection, evaluate
 
     values = profile.build(params.EvaluateParams, "evaluate")
     evaluate.check(values)
+    known = shards.read_manifest(profile.root / "data" / values.data)["splits"]
+    _check_splits("evaluate.data", values.data, known, *EVALUATED)
     determinism.check_device("evaluate.device", values.device, profile.tier, here=False)
     for model, data in sorted({(entry.model, entry.data) for entry in profile.detect_runs.values()}):
         recipe = profile.recipe(data)
         detection.check(model, recipe)
         determinism.check_device("detect.device", recipe.device, profile.tier, here=False)
+        _check_splits("detect_runs", data, shards.read_manifest(profile.root / "data" / data)["splits"], *EVALUATED)
     toy.check(profile.build(params.ToyParams, "toy"))

@@ -169,8 +169,8 @@ class Miniature:
         for n, features in ((301, 67), (45, 131)):
             x = torch.from_numpy(rng.uniform(self.seed, rng.Stream.TOY, 0, np.arange(2 * n), features))
             pair = (x[:n], torch.arange(n) % 7), (x[n:], torch.arange(n) % 7)
-            found, grid, _ = linear.fit(*pair, 7, LinearParams(l2=(1.0, 100.0), iterations=20))
-            parts = determinism.digests({"weight": found.weight, "bias": found.bias})
+            layer, grid, _ = linear.fit(*pair, 7, LinearParams(l2=(1.0, 100.0), iterations=20))
+            parts = determinism.digests({"weight": layer.weight, "bias": layer.bias})
             made[f"{n}x{features}"] = sha(files.dump_json([parts, grid]).encode())
         return made
 

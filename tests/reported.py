@@ -126,7 +126,6 @@ def fake_open(folder: Path, split: str) -> types.SimpleNamespace:
     return types.SimpleNamespace(
         name=folder.name, size=count, labels=np.arange(count) % 12, classes=[f"class {i}" for i in range(12)],
         categories=["arrow", "flag", "key"], objects=[[shape]] * count, image=lambda index, size=None: images[index],
-        objects_at=lambda size: [[shape]] * count,
     )  # fmt: skip
 
 

@@ -55,6 +55,13 @@ def test_work_counts_the_images_that_a_row_learns_from(root: Path) -> None:
     assert works["evaluate@ir-s0"].encoder == works["evaluate@supervised-s0"].encoder  # control: both from train
 
 
+def test_a_split_that_is_not_there_is_one_line(root: Path) -> None:
+    for name in ("desk", "cifar10"):  # with a manifest and, in a folder without data, without one
+        with pytest.raises(UserError, match=rf"pretrain\.split: {name} has no split unlabelled"):
+            work.data(root if name == "desk" else root / "nowhere", name, "unlabelled")
+    assert work.data(root / "nowhere", "stl10", "unlabelled").train == 100_000  # control
+
+
 def test_a_missing_rate_gives_no_number() -> None:
     assert budget.seconds(Work(3e9, 4e9, 2e9, 0, 0, 0), RATES, "pretrain") == 1 + 3 + 2 + 0.5
     assert budget.seconds(Work(3e9, 4e9, 0, 1.0, 0, 0), RATES, "pretrain") is None

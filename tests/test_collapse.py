@@ -53,6 +53,12 @@ def test_embeddings_that_fall_together_show_it() -> None:
     assert spread["uniformity"] < -3
 
 
+def test_a_rank_does_not_see_a_small_cloud_which_uniformity_does() -> None:
+    cloud, wide = (found(z, z) for z in (unit(200, 16, 6, 1e-3), unit(200, 16, 6)))
+    assert cloud["covariance_rank"] > 12
+    assert cloud["uniformity"] > -0.01 > -3 > wide["uniformity"]
+
+
 def test_one_image_has_no_other() -> None:
     z = unit(1, 4, 5)
     assert math.isnan(found(z, z)["uniformity"])

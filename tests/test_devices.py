@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import overfit
-from mirepro import checkpoint, determinism, encoders, views
+from mirepro import checkpoint, determinism, encoders, profiles, stages, views
 from mirepro.data import shards
 from mirepro.data.images import Images
 from mirepro.errors import UserError
@@ -103,16 +103,30 @@ def test_an_evaluation_takes_its_encoder_to_the_device(
             _evaluated(EvaluateParams(device=name), pretrained, data, tmp_path / name)
 
 
-@NO_GPU
-@pytest.mark.gpu
-def test_an_evaluation_on_a_gpu_repeats_its_bits(data: Path, pretrained: Path, tmp_path: Path) -> None:
-    params = EvaluateParams(device="cuda", k_nn=(1, 5), anchors=2, gallery=3, views=ViewParams(size=16))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[NO_GPU, pytest.mark.gpu])])
+def test_an_evaluation_repeats_its_bits(device: str, data: Path, tmp_path: Path) -> None:
+    """Features and the author protocol's layers, by their digests; control: another seed draws other views."""
     torch.use_deterministic_algorithms(True)
     try:
-        runs = [_evaluated(params, pretrained, data, tmp_path / name) for name in "ab"]
+        runs = zip("abc", (0, 0, 1), strict=True)
+        first, again, other = (_bits(device, seed, data, tmp_path / name) for name, seed in runs)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert runs[0] == runs[1]
+    assert first == again
+    assert first["z"] == other["z"]
+    assert first["flat.weight"] != other["flat.weight"]
+
+
+def _bits(device: str, seed: int, data: Path, work: Path) -> dict[str, str]:
+    split, params = shards.open(data, "train"), EvaluateParams(device=device, views=ViewParams(size=16))
+    images, model = Images(split), encoders.Ensemble(ENCODER)
+    encoders.initialise(model, 0)
+    model.eval().to(device)
+    take = partial(evaluate._linear_features, model)
+    layers = Author(take, images, torch.from_numpy(split.labels), 4, seed, params).train(work, "f")
+    found = evaluate.features(model, images, 16, (*evaluate.KINDS, "z"))
+    found |= {f"{kind}.weight": layer.weight for kind, layer in layers.items()}
+    return determinism.digests(found)
 
 
 def _evaluated(params: EvaluateParams, pretrained: Path, data: Path, work: Path) -> tuple[dict[str, Any], bytes]:
@@ -159,3 +173,18 @@ def test_a_device_that_is_not_here_is_refused_where_it_computes() -> None:
     determinism.check_device("detect.device", "cuda", "exact", here=False)
     with pytest.raises(UserError, match=r"detect\.device: torch finds no CUDA device here"):
         determinism.check_device("detect.device", "cuda", "exact")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+@pytest.mark.parametrize("kind", ["evaluate", "detect"])
+def test_no_stage_computes_without_its_device(kind: str, root: Path, tmp_path: Path) -> None:
+    name = {"evaluate": "ir-s0", "detect": "ir-s0-mask"}[kind]
+    job = getattr(stages, kind)(profiles.load(root, "imagenet"), name)
+    with pytest.raises(UserError, match=rf"{kind}\.device: torch finds no CUDA device here"):
+        job.compute(tmp_path, tmp_path, "f")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_no_training_begins_without_its_device(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"pretrain\.device: torch finds no CUDA device here"):
+        train(dataclasses.replace(run(device="cuda"), tier="exact"), data, tmp_path)

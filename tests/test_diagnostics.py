@@ -94,6 +94,17 @@ def test_rings_of_easy_rows_are_not_certified_and_balls_are() -> None:
     assert epoch(made("ring", outer=1.0, inner=0.5), z, banks, index)["certified_share"] == 0
 
 
+def test_one_anchor_has_no_standard_error_and_no_certificate() -> None:
+    """However far below the limit its estimate stays; control: the same estimate of two anchors."""
+    z, banks, index = setting()
+    objective = made("ball", outer=0.1)
+    for count, certified in ((1, 0), (2, 1)):
+        few = {name: value[:1].repeat(count, 1) for name, value in z.items()}
+        (query,) = objective.queries(few, banks, index[:1].repeat(count), STEP)
+        everything, _ = query.bank.region_logsumexp(query.z, 0, query.size, objective.tau)
+        assert diagnostics._certified(objective, query, torch.full((count,), -50.0), everything) == certified
+
+
 @pytest.mark.parametrize(("below", "certified"), [(2.9, 0), (3.1, 1)])
 def test_a_certificate_needs_three_standard_errors(below: float, certified: float) -> None:
     z, banks, index = setting()

@@ -35,7 +35,7 @@ def desk(root: Path, tmp_path: Path, change: dict[str, Any]) -> profiles.Profile
         ({"rows": {"ir": {"pretrain": {"encoder": {"arch": "vgg"}}}}}, "rows.ir: encoder.arch: 'vgg' is unknown"),
         ({"rows": {"ir": {"pretrain": {"split": "test"}}}}, "rows.ir: pretrain.split: 'test' is impossible; use "),
         ({"rows": {"ir": {"pretrain": {"split": "unlabelled", "monitor": 0}}}},
-         "rows.ir: pretrain.split: desk has no unlabelled; known: "),
+         "rows.ir: pretrain.data: desk has no split unlabelled; known: test, train, val"),
         ({"rows": {"ir": {"pretrain": {"device": "tpu"}}}}, "rows.ir: pretrain.device: 'tpu' is impossible"),
         ({"rows": {"ir": {"pretrain": {"device": "cuda"}}}}, "rows.ir: pretrain.device: 'cuda' is impossible in tier"),
         ({"rows": {"supervised": {"options": {"classes": 5}}}},

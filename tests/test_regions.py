@@ -34,6 +34,20 @@ def test_ring_without_inner_part_is_ball_bit_for_bit():
     assert not torch.equal(ball, terms(ready("ring", banks, outer=0.3, inner=0.2), z, banks, index)[0].loss)
 
 
+def test_the_enumerated_loss_is_the_formula_in_float64_and_the_mean_of_sampled_ones():
+    z, banks, index = setting()
+    objective = ready("ring", banks, outer=0.3, inner=0.2, k=400)
+    f = (z["rgb"].double() @ banks["rgb"].rows.double().T / 0.07).sort(1, descending=True).values
+    own = (z["rgb"].double() * banks["rgb"].rows[index].double()).sum(1) / 0.07
+    mean = f[:, 12:60].exp().mean(1)
+    wanted = torch.log((own.exp() + 399 * mean) / 400) - own
+    query = objective.queries(z, banks, index, Step(0, 0, 10))[0]
+    assert torch.allclose(enumerated(objective, query).double(), wanted, atol=1e-4)
+    assert not torch.allclose(enumerated(ready("ring", banks, outer=0.3), query).double(), wanted, atol=1e-4)
+    sampled = [terms(objective, z, banks, index, Step(0, step, 10))[0].loss.double() for step in range(20)]
+    assert torch.stack(sampled).mean(0) == pytest.approx(wanted.numpy(), abs=0.05)
+
+
 @pytest.mark.parametrize(("ball", "ring"), [("ball", "ring"), ("cmc_ball", "cmc_ring")])
 @settings(max_examples=10, deadline=None)
 @given(st.integers(40, 300), st.integers(2, 40), st.integers(2, 500), st.integers(0, 10**6))

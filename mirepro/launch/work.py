@@ -68,15 +68,22 @@ class Work:
 
 
 def data(root: Path, name: str, learnt: str = "train") -> Data:
-    """Sizes of a data set, with split `learnt` for `train`: its manifest's, else those that are known."""
+    """Sizes of a data set, with split `learnt` for `train`: its manifest's, else those that are known.
+
+    Raises:
+        UserError: Unknown sizes, or no such split.
+    """
     path = root / "data" / name / "manifest.json"
     side = SIDES.get(name, DEFAULT_SIDE)
     if not path.is_file() and name not in SIZES:
         raise UserError(f"{path}: no such file, and the size of {name} is not known otherwise; import the data")
-    if not path.is_file():
-        known = Data(*SIZES[name], side)
-        return known if learnt == "train" else replace(known, train=UNLABELLED[name])
-    manifest = files.read_json(path)
+    if not path.is_file() and learnt == "train":
+        return Data(*SIZES[name], side)
+    if not path.is_file() and learnt == "unlabelled" and name in UNLABELLED:
+        return replace(Data(*SIZES[name], side), train=UNLABELLED[name])
+    manifest = files.read_json(path) if path.is_file() else {"splits": {}}
+    if learnt not in manifest["splits"]:
+        raise UserError(f"pretrain.split: {name} has no split {learnt}; use train")
     train, val, test = (manifest["splits"][split]["samples"] for split in (learnt, "val", "test"))
     return Data(train, val, test, len(manifest["meta"]["classes"]), side)
 

@@ -1,4 +1,4 @@
-"""The supervised reference: softmax over classes on the same embedding, views and budget; not contrastive."""
+"""The supervised reference: softmax over classes on the same embedding and views; not contrastive."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

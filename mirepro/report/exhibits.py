@@ -196,7 +196,8 @@ def galleries(root: Path, profile: str, layout: Mapping[str, Any]) -> list[Exhib
             content = files.read_json(path)
             split = split_of(root, layout, "images", content["split"])
             if split is not None:
-                shown.append({"row": row, "run": rows[row][0], "anchors": _anchors(split, content)})
+                anchors, labelled = _anchors(split, content), bool((split.labels >= 0).any())
+                shown.append({"row": row, "run": rows[row][0], "anchors": anchors, "labelled": labelled})
     return shown
 
 

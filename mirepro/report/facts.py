@@ -12,7 +12,8 @@ TASKS = ("box", "mask", "keypoint")
 MEANINGS = {
     "estimate": "what the row's own objective estimates of the mutual information, mean over the last epoch",
     "cap": "the largest value that so many draws let an estimate take",
-    "nce_at_equal_f": "ir's estimate, negatives from the whole bank, of the final encoder: one measure for all rows",
+    "nce_at_equal_f": "ir's estimate of the final encoder, with the row's own k and tau and negatives from the whole "
+                      "bank: one measure for rows of equal k and tau",
     "mi_views": "lower bound of I(view; view'): two fresh views of each val image, all other images as negatives",
     "certified_share": "share of epochs whose last batch has estimate + 3 standard errors <= log N - cross-entropy "
                        "over the whole bank, itself a bound; by form: a bound that needs no certificate",
@@ -21,9 +22,11 @@ MEANINGS = {
     "fallback_share": "share of anchors whose region is empty; they draw from the ball without their own row",
     "own_copies": "how often the anchor's own row is drawn among its negatives",
     "same_class_share": "share of the negatives that have the anchor's class: false negatives",
-    "covariance_rank": "exp of the entropy of the covariance's eigenvalues, on val: 1 where embeddings lie on a line",
-    "alignment": "mean squared distance of an image's two views, on val: 0 to 4",
-    "uniformity": "log of the mean of exp(-2 squared distance) of different images, on val: 0 where they are one point",
+    "covariance_rank": "exp of the entropy of the covariance's eigenvalues, of one view of val: 1 where embeddings lie "
+                       "on a line; it does not see how far apart they are",
+    "alignment": "mean squared distance of two views of an image of val (cmc and its kin: of L and ab), 0 to 4",
+    "uniformity": "log of the mean of exp(-2 squared distance) of different images of val, of one view: 0 where they "
+                  "are one point",
     "images_seen": "training images drawn",
     "parameters": "trainable parameters of the encoders",
 }  # fmt: skip
