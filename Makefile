@@ -5,7 +5,8 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 BIN := $(VENV)/bin
-JOBS ?= $(shell nproc)
+# nproc would answer OMP_NUM_THREADS, which the tier sets to 1
+JOBS ?= $(shell env -u OMP_NUM_THREADS nproc)
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 PARALLEL := -n $(JOBS) --dist loadgroup --no-loadscope-reorder

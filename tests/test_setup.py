@@ -156,3 +156,15 @@ def test_ninja_is_installed_with_the_requirements(root: Path) -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text())
     assert "ninja" in project["build-system"]["requires"]
     assert any(one.startswith("ninja>=") for one in project["project"]["optional-dependencies"]["dev"])
+
+
+def test_as_many_jobs_as_cores_where_the_tiers_variables_are_set(root: Path) -> None:
+    """nproc answers OMP_NUM_THREADS, as the control shows."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def said(*command: str) -> int:
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert said("make", "--no-print-directory", "--eval=jobs: ; @echo $(JOBS)", "jobs") == len(os.sched_getaffinity(0))
+    assert said("nproc") == 1
