@@ -186,7 +186,6 @@ RUNNER_EDITS = [
     ("determinism", "torch.set_num_threads(threads)", "torch.set_num_threads(threads + 1)", True),
     ("determinism", '"MKL_CBWR": "COMPATIBLE"', '"MKL_CBWR": "AVX2"', True),
     ("determinism", "above = [name for name", "above = [str(name) for name", True),  # what environment uses
-    ("determinism", '"threads": threads, "versions": versions', '"versions": versions, "threads": threads', False),
     ("determinism", "differing = departures(tier, threads)", "differing = departures(tier, 1)", False),
     ("profiles", "result = dict(base)", "result = dict(overrides)", True),
     ("profiles", "dict(row.options or {}), merged", "{}, merged", True),

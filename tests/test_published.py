@@ -66,7 +66,7 @@ def test_other_columns_places_and_papers_are_refused(tmp_path: Path) -> None:
 def test_the_committed_templates_name_cells_of_their_profiles_and_invent_nothing(root: Path) -> None:
     for name in profiles.names(root):
         path = root / "published" / f"{name}.csv"
-        if name != "desk":
+        if name not in ("desk", "coco_cpu"):  # no paper has numbers of these data
             done, lines = published.check(path, tables.places(profiles.load(root, name).values["tables"]))
             assert (done, lines >= 8) == (0, True)
     places = tables.places(profiles.load(root, "imagenet").values["tables"])
