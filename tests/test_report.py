@@ -85,6 +85,18 @@ def test_headlines_take_the_authors_protocol_where_the_other_was_not_measured(
             set_cell(root, path.stem, "linear_flat", None)
 
 
+def test_neighbours_are_those_of_ring_or_else_of_the_first_trained_row(root: Path) -> None:
+    shutil.copytree(root / "runs/desk/evaluate/ring-s0", root / "runs/desk/evaluate/ir-s0", dirs_exist_ok=True)
+
+    def shown(*rows: str) -> list[str]:
+        layout = LAYOUT | {"T1": {"rows": {row: [f"{row}-s0"] for row in rows}}}
+        return [gallery["run"] for gallery in exhibits.galleries(root, "desk", layout)]
+
+    assert shown("random", "ir", "ring") == ["ring-s0", "random-s0"]
+    assert shown("random", "ir") == ["ir-s0", "random-s0"]
+    assert shown("ir") == ["ir-s0"]
+
+
 def test_a_profile_may_have_claims_of_its_own(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables.build(root, "desk", LAYOUT)
     assert "ring-ball" in verdicts(root)  # control: those of all profiles without their own

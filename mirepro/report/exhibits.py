@@ -11,7 +11,6 @@ from mirepro.report import figures, metrics, pictures, statistics, text
 
 Exhibit = dict[str, Any]
 
-GALLERY_ROWS = ("ring", "random")
 DETECTION_ROWS = ("supervised", "ring", "ir", "random")
 ANCHORS, MEMBERS, DRAWN, FINDS = 6, 4, 6, 8
 TILE, SCENE = 32, 64
@@ -187,10 +186,11 @@ def scene(image: Any, objects: list[dict[str, Any]], size: int) -> Exhibit:
 
 
 def galleries(root: Path, profile: str, layout: Mapping[str, Any]) -> list[Exhibit]:
-    """Anchors with members of their ball and of their ring, for the rows that tell most."""
+    """Anchors with members of their ball and of their ring: for `ring`, or else the first trained row, and `random`."""
     shown = []
     rows = metrics.rows_of(layout, "T1")
-    for row in GALLERY_ROWS:
+    trained = [row for row in ("ring", *rows) if rows.get(row) and row != "random"]
+    for row in (*trained[:1], "random"):
         path = root / "runs" / profile / "evaluate" / f"{(rows.get(row) or [''])[0]}" / "gallery.json"
         if path.exists():
             content = files.read_json(path)

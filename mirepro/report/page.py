@@ -11,7 +11,7 @@ from mirepro.report import claims, exhibits, facts, metrics, tables, text
 LIMIT = 2_000_000
 EXPLANATIONS = {
     "T1": "Frozen encoders on test images. Controls need no training: what they reach needs no learning.",
-    "T2": "Fine-tuned on scenes disjoint from pretraining. Every row has the same recipe and learning-rate grid.",
+    "T2": "Fine-tuned on images that pretraining did not see. Every row has the same recipe and learning-rate grid.",
     "T3": "The same models as the boxes.",
     "T4": "OKS with the standard deviations stated in the protocol.",
     "T5": "The exact value is known here, so the bias of every estimator can be read off. A ring may exceed it.",
@@ -202,7 +202,7 @@ def best(table: Mapping[str, Any], column: str, what: str) -> list[tuple[str, st
         return []
     top = max(learned, key=lambda row: learned[row]["mean"])
     beside = [f"{row}\u00a0{joined(text.cell(rows[row], column))}" for row in ("random", "supervised") if row in rows]
-    explanation = f"highest row: {top}" + (f"; {', '.join(beside)}" if beside else "")
+    explanation = f"highest trained without labels: {top}" + (f"; {', '.join(beside)}" if beside else "")
     return [(f"{what} (%)", joined(text.cell(learned[top], column)), explanation)]
 
 
