@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from mirepro.errors import UserError
 from mirepro.launch import commands, waves
-from mirepro.launch.launcher import TAIL, Handle, JobFailed, Launcher, Ticket
+from mirepro.launch.launcher import FASTEST, TAIL, Handle, JobFailed, Launcher, Ticket
 from mirepro.launch.ledger import Attempt, Status
 from mirepro.launch.remote import Remote
 from mirepro.launch.scheduler import Request
@@ -134,3 +135,24 @@ def test_a_refused_submission_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     remote = Remote(handle, tmp_path / "stage.log", 1.0)
     assert remote.exitcode == 1
     assert (tmp_path / "stage.log").read_text() == "mirepro: sbatch: no\n"
+
+
+def test_a_result_is_seen_before_the_next_look_at_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However rarely the queue is asked; control: without a result the job goes on, and nobody asks."""
+    asked: list[str] = []
+
+    def running(self: Ended, attempt: Attempt, name: str) -> Status:
+        asked.append(name)
+        return Status("running", "RUNNING")
+
+    monkeypatch.setattr(Ended, "status", running)
+    handle = failed(tmp_path, None)
+    remote = Remote(handle, tmp_path / "stage.log", 60.0)
+    remote._pause = 60.0
+    assert remote.exitcode is None
+    time.sleep(2 * FASTEST)
+    assert (remote.exitcode, len(asked)) == (None, 1)
+    handle.ticket.work.mkdir()
+    (handle.ticket.work / "finished").touch()
+    time.sleep(2 * FASTEST)
+    assert (remote.exitcode, len(asked)) == (0, 1)

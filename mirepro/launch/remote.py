@@ -24,7 +24,7 @@ class Remote:
 
     def __init__(self, handle: Handle, log: Path, slowest: float) -> None:
         self.handle, self._log = handle, log
-        self._slowest, self._pause, self._next = slowest, FASTEST, 0.0
+        self._slowest, self._pause, self._next, self._glance = slowest, FASTEST, 0.0, 0.0
         self._code: int | None = None
         self._told = 0
 
@@ -40,12 +40,14 @@ class Remote:
 
     @property
     def exitcode(self) -> int | None:
-        """None while the job waits or runs; looks at it less and less often."""
+        """None while the job waits or runs; asks for its state less and less often, its result is seen at once."""
         now = time.monotonic()
-        if self._code is None and now >= self._next:
-            self._pause = min(1.5 * self._pause, self._slowest)
-            self._next = now + self._pause
-            self._look()
+        if self._code is None and now >= self._glance:
+            self._glance = now + FASTEST
+            if now >= self._next or self.handle.ticket.finished:
+                self._pause = min(1.5 * self._pause, self._slowest)
+                self._next = now + self._pause
+                self._look()
         return self._code
 
     def _look(self) -> None:
