@@ -13,7 +13,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,11 +28,22 @@ HEAD = re.compile(r"^(?=  [^ ].*:$)", re.MULTILINE)  # before the line with a st
 COMMAND = re.compile(r"mirepro stage (?P<kind>\S+)(?: (?P<key>[^-\s]\S*))? --profile (?P<profile>\S+)")
 LEFTOVER = f".{'?' * 22}.tmp"  # the copy that DVC was making when it was killed or the disk was full
 KEPT = Path(".mirepro/parsed")
+DVCS = ("dvc", __name__, "mirepro.launch.collector")  # words in the command line of a process that is DVC
 RESULTS = ("metrics", "runs", "tables", "reports")  # folders into which DVC copies
 
 
 def main() -> None:
-    """DVC's command line; it gives way to jobs that compute, since a result can wait until it is collected."""
+    """DVC's command line."""
+    with prepared() as dvc:
+        sys.exit(dvc(sys.argv[1:]))
+
+
+@contextmanager
+def prepared() -> Iterator[Callable[[Sequence[str]], int]]:
+    """DVC's command line as a function, safe and quick.
+
+    This process gives way to jobs that compute, since a result can wait until it is collected.
+    """
     os.nice(10)
     from dvc.cli import main as dvc
 
@@ -40,7 +51,7 @@ def main() -> None:
     parsed = parser(Path.cwd())
     with parsing(parsed):
         make_quick(parsed)
-        sys.exit(dvc(sys.argv[1:]))
+        yield dvc
 
 
 def make_atomic() -> None:
@@ -230,7 +241,7 @@ def _claimed(claims: Path) -> bool:
 
 def _is_dvc(pid: int) -> bool:
     try:
-        return any(Path(word).name in ("dvc", __name__) for word in psutil.Process(pid).cmdline())
+        return any(Path(word).name in DVCS for word in psutil.Process(pid).cmdline())
     except psutil.Error:
         return False
 

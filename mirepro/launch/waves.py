@@ -4,25 +4,25 @@ import fcntl
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mirepro import determinism, files, stages
 from mirepro.errors import UserError
 from mirepro.execution import KEEP
-from mirepro.launch.board import Board, Line
+from mirepro.launch.board import Board
+from mirepro.launch.collector import Parent
 from mirepro.launch.dvc import mend
 from mirepro.launch.launcher import Detached, farewell, uninterrupted
 from mirepro.launch.nursery import Nursery
 from mirepro.launch.plan import Pipeline, Plan, is_code
 from mirepro.launch.remote import Dispatch, Remote
+from mirepro.launch.running import Running
 from mirepro.profiles import Profile
 
 POLL = 0.1  # seconds between looks at the running stages
@@ -43,102 +43,6 @@ class StageFailed(Exception):
     """A stage failed; the message holds its name and the tail of its log."""
 
 
-class Worker(Protocol):
-    """A computation at work: a process of this machine, or a job elsewhere, which has no `pid`."""
-
-    @property
-    def exitcode(self) -> int | None:
-        """None while it runs."""
-
-    @property
-    def pid(self) -> int | None:
-        """The leader of its process group."""
-
-
-@dataclass
-class Running:
-    """A started stage: first its computation, where it has one, then DVC, which collects it.
-
-    Attributes:
-        process: DVC, which may collect other stages too.
-        mates: The stages it collects.
-        single: Whether DVC has failed for a group, so that this stage gets one of its own.
-        ended: When its computation was seen to be over.
-    """
-
-    name: str
-    worker: Worker | None
-    log: Path
-    progress: Path
-    process: "subprocess.Popen[bytes] | None" = None
-    mates: int = 1
-    single: bool = False
-    started: float = field(default_factory=time.monotonic)
-    ended: float | None = None
-
-    @property
-    def computed(self) -> bool:
-        """Whether it waits for DVC."""
-        return self.process is None and (self.worker is None or self.worker.exitcode == 0)
-
-    @property
-    def frees(self) -> bool:
-        """Whether it takes no slot any more: its computation is over, and DVC's part is small."""
-        return self.worker is not None and (self.process is not None or self.worker.exitcode == 0)
-
-    @property
-    def seconds(self) -> float:
-        """How long it computed, or has been computing."""
-        return (self.ended or time.monotonic()) - self.started
-
-    @property
-    def sentinel(self) -> int | None:
-        """A descriptor that is ready when its computation ends; None for one that is over or elsewhere."""
-        over = self.worker is None or self.process is not None or self.worker.exitcode is not None
-        return None if over else getattr(self.worker, "sentinel", None)
-
-    def poll(self) -> int | None:
-        """The exit code, or None while it runs or waits."""
-        if self.process is None:
-            return None if self.worker is None else self.worker.exitcode or None
-        code = self.process.poll()
-        if code and self.mates > 1:  # whose fault it was is not known
-            self.process, self.single = None, True
-            return None
-        return code
-
-    def signal(self, number: int) -> None:
-        """Sends a signal to the process group."""
-        alive = self.worker if self.process is None else self.process
-        if alive is not None and alive.pid is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(alive.pid, number)
-
-    def alive(self) -> bool:
-        """Whether a process of the stage is at work here."""
-        if self.process is None:
-            here = self.worker is not None and not isinstance(self.worker, Remote)
-            return here and self.worker.exitcode is None  # type: ignore[union-attr]
-        return self.process.poll() is None
-
-    def line(self) -> Line:
-        """What the board shows."""
-        if isinstance(self.worker, Remote):
-            handle = self.worker.handle
-            status, progress = handle.status, self.worker.progress
-            word = "collecting" if self.process else " ".join(filter(None, (status.phase, status.detail)))
-            return Line(self.name, self.started, _read(progress), word, handle.label, status.node)
-        return Line(self.name, self.started, _read(self.progress))
-
-
-def _read(progress: Path) -> str:
-    """What a stage last said about its progress."""
-    try:
-        return progress.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
-
-
 class Starter:
     """Starts stages of one profile as processes of their own, their computations where MIREPRO_LAUNCH says.
 
@@ -153,7 +57,15 @@ class Starter:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         self._environment = os.environ | tier | {"PATH": path, "DVC_NO_ANALYTICS": "1", KEEP: "1"}
         self._folder = profile.root / ".mirepro" / "logs"
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._nursery = Dispatch.chosen(profile, tier) or Nursery(profile, tier)
+        self._parent = self._prepare()
+
+    def __enter__(self) -> "Starter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._parent.close()
 
     def recorded(self, names: Iterable[str]) -> None:
         """Removes the work that was kept until DVC's record of these stages."""
@@ -161,7 +73,6 @@ class Starter:
 
     def start(self, name: str) -> Running:
         """Starts a stage in a process group of its own; its output goes to `.mirepro/logs/`."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         base = self._folder / name.replace("/", ".").replace(":", ".")
         log, progress = base.with_name(base.name + ".log"), base.with_name(base.name + ".progress")
         progress.unlink(missing_ok=True)
@@ -170,15 +81,17 @@ class Starter:
 
     def collect(self, items: Sequence[Running]) -> None:
         """Starts DVC for computed stages, or for one whose command does everything."""
-        names = [item.name for item in items]
-        command = [sys.executable, "-m", "mirepro.launch.dvc", "--wait-for-lock", "repro", "--single-item", *names]
-        with items[0].log.open("ab") as output, uninterrupted(children=False):
-            process = subprocess.Popen(
-                command, cwd=self._root, env=self._environment, stdout=output, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=(self._lock,),
-            )  # fmt: skip
+        arguments = ["--wait-for-lock", "repro", "--single-item", *(item.name for item in items)]
+        with uninterrupted(children=False):
+            if not self._parent.alive:
+                self._parent = self._prepare()
+            process = self._parent.start(items[0].log, arguments)
             for item in items:
                 item.process, item.mates = process, len(items)
+
+    def _prepare(self) -> Parent:
+        """The process that DVCs are forked from."""
+        return Parent(self._root, self._environment, self._lock, self._folder / "dvc.log")
 
 
 def repro(profile: Profile, targets: Sequence[str], jobs: int, keep_going: bool = False) -> int:
@@ -204,13 +117,13 @@ def repro(profile: Profile, targets: Sequence[str], jobs: int, keep_going: bool 
     with alone(profile.root) as lock, _terminable():
         mend(profile.root, profile.pipeline)
         pipeline = Pipeline(profile.root, targets or [profile.pipeline])
-        starter = Starter(profile, lock)
-        for name in filter(is_code, pipeline.needs):
-            Wave(starter, Plan({name: set()}, [name], {}), 1, Board({}, 1, quiet=True)).run()
-        plan = pipeline.plan()
-        starter.recorded(set(pipeline.needs) - set(plan.stale))
-        Wave(starter, plan, jobs, Board(estimates(profile, plan.stale), jobs), keep_going).run()
-        return len(plan.stale)
+        with Starter(profile, lock) as starter:
+            for name in filter(is_code, pipeline.needs):
+                Wave(starter, Plan({name: set()}, [name], {}), 1, Board({}, 1, quiet=True)).run()
+            plan = pipeline.plan()
+            starter.recorded(set(pipeline.needs) - set(plan.stale))
+            Wave(starter, plan, jobs, Board(estimates(profile, plan.stale), jobs), keep_going).run()
+            return len(plan.stale)
 
 
 class Wave:
