@@ -54,8 +54,8 @@ lock:  ## resolve requirements.lock and containers/describe.lock anew (needs uv)
 	echo cyclonedx-bom | $(LOCK) - --output-file containers/describe.lock
 
 $(BIN)/python:
-	@$(call need,test -n "$(PYTHON)",Python 3.11 or 3.12 not found; apt-get install python3 python3-venv)
-	@$(call need,$(PYTHON) -c 'import ensurepip$(comma) venv',the venv module is missing; apt-get install python3-venv)
+	@$(call need,test -n "$(PYTHON)",Python 3.11 or 3.12 not found; apt-get install python3 python3-venv has one on Debian 12 and Ubuntu 24.04$(comma) elsewhere make PYTHON=...)
+	@$(call need,$(PYTHON) -c 'import ensurepip$(comma) venv',the venv module is missing; apt-get install $(notdir $(PYTHON))-venv)
 	@$(call need,test $$(df --output=avail -k . | tail -1) -ge 12000000,less than 12 GB of free disk here; free some space)
 	@echo "creating $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV)
@@ -67,7 +67,7 @@ $(VENV)/packages.stamp: requirements.lock | $(BIN)/python
 
 $(VENV)/extension.stamp: $(VENV)/packages.stamp $(SOURCES)
 	@$(call need,command -v g++,no C++ compiler; apt-get install g++)
-	@$(call need,$(BIN)/python -c '$(HEADERS)',Python.h is missing; apt-get install python3-dev)
+	@$(call need,$(BIN)/python -c '$(HEADERS)',Python.h is missing; apt-get install $(notdir $(PYTHON))-dev)
 	@echo "building the extension"
 	@$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@

@@ -101,10 +101,11 @@ def test_a_profile_may_have_claims_of_its_own(root: Path, tmp_path: Path, monkey
     tables.build(root, "desk", LAYOUT)
     assert "ring-ball" in verdicts(root)  # control: those of all profiles without their own
     own = "{id: mine, table: T1, column: linear_flat, better: cmc, than: ir}"
-    files.write_text(tmp_path / "claims.desk.yaml", f"alpha: 0.05\nseeds: 5\nclaims: [{own}]\n")
+    files.write_text(tmp_path / "claims.desk.yaml", f"alpha: 0.05\nseeds: 5\nnote: Mine.\nclaims: [{own}]\n")
     monkeypatch.setattr(claims, "PATH", tmp_path / "claims.yaml")
     tables.build(root, "desk", LAYOUT)
     assert verdicts(root) == {"mine": "supported"}
+    assert (root / "tables/desk/claims.md").read_text().startswith("# Claims\n\nMine.\n\nPaired")
 
 
 def test_cells_hold_mean_and_sample_deviation(root: Path) -> None:

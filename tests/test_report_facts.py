@@ -1,6 +1,7 @@
 """What tables state beside their numbers: grids, OKS sigmas, unverified definitions, sizes of features."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -162,11 +163,43 @@ def test_ablations_show_the_authors_protocol(made: Path) -> None:
 
 def test_every_column_is_an_accuracy_or_says_what_it_is(made: Path) -> None:
     columns = {column for name in ("T1", "T6", "T7") for column in tables.COLUMNS[name]}
-    assert columns - set(tables.ACCURACY) == set(facts.MEANINGS)
+    needless = {*tables.ACCURACY} - {"linear_author_flat"}  # whose name does not say for how many epochs
+    assert columns - needless == set(facts.MEANINGS)
     for name, shown in (("T1", "covariance rank"), ("T6", "own-row copies"), ("T5", None)):
         meanings = dict(page.meanings(table(made, name)))
         assert shown in meanings if shown else not meanings
     assert "own-row copies" not in dict(page.meanings(table(made, "T1")))  # control: a column that T1 has not
+
+
+def test_a_bound_holds_in_every_epoch_or_the_cell_says_no() -> None:
+    """The estimate beside it is that of the last epoch; control: another column's share of 1."""
+    shares = ((1.0, 0.0, ""), (0.533, 0.183, ""), (0.5, None, ""), (None, None, "by form"), (None, None, ""))
+    shown = [text.cell(tables.entry(mean, std, 3, unit, ""), "certified_share") for mean, std, unit in shares]
+    assert shown == ["yes", "no (0.533 ± 0.183)", "no (0.500)", "by form", "n/a"]
+    assert text.cell(tables.entry(1.0, 0.0, 3, "", ""), "t3_share") == "1.000 ± 0.000"
+
+
+def test_a_tables_note_stands_under_its_title(made: Path, tmp_path: Path) -> None:
+    """In JSON, Markdown and page; control: a table without one."""
+    made = shutil.copytree(made, tmp_path / "made")
+    layout = {**LAYOUT, "data": {}, "T1": LAYOUT["T1"] | {"note": "Re-encoded <images>."}}
+    tables.build(made, "desk", layout)
+    html = page.build(made, "desk", layout, KEY, None).read_text()
+    assert table(made, "T1")["note"] == "Re-encoded <images>."
+    assert (made / "tables/desk/T1.md").read_text().splitlines()[2] == "Re-encoded <images>."
+    assert html.count("Re-encoded &lt;images&gt;.") == 1
+    assert "note" not in table(made, "T6")
+
+
+def test_headlines_are_of_rows_with_enough_seeds(made: Path) -> None:
+    """A higher row of three seeds does not stand there; control: a table in which no row has more than one."""
+    content = table(made, "T1")
+    for row in content["rows"]:
+        row["cells"]["linear_flat"]["mean"] = {"cave": 90.0, "ring": 80.0}.get(row["row"], 10.0)
+    ((_, number, words),) = page.best(content, "linear_flat", "Linear top-1")
+    assert (number[:4], words.partition(";")[0]) == ("80.0", "highest trained without labels (of 5 seeds): ring")
+    ((_, _, words),) = page.best(table(made, "T2"), "box_AP50_tuned", "Box AP50")
+    assert "(n = 1: supports no claim)" in words
 
 
 def test_a_page_without_claims_has_no_section_of_them(made: Path) -> None:

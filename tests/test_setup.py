@@ -87,12 +87,16 @@ def _full_disk(folder: Path) -> None:
     command(folder, "df", '#!/bin/sh\nprintf "Avail\\n11999999\\n"\n')
 
 
+NO_PYTHON = (
+    "Python 3.11 or 3.12 not found; apt-get install python3 python3-venv has one on Debian 12 and Ubuntu 24.04, "
+    "elsewhere make PYTHON=..."
+)
 LACKS = {
     "no C++ compiler; apt-get install g++": _no_compiler,
-    "Python 3.11 or 3.12 not found; apt-get install python3 python3-venv": _no_python,
-    "Python 3.11 or 3.12 not found; apt-get install python3 python3-venv ": _old_python,
-    "the venv module is missing; apt-get install python3-venv": _no_venv,
-    "Python.h is missing; apt-get install python3-dev": _no_headers,
+    NO_PYTHON: _no_python,
+    f"{NO_PYTHON} ": _old_python,
+    "the venv module is missing; apt-get install python3.11-venv": _no_venv,
+    "Python.h is missing; apt-get install python3.11-dev": _no_headers,
     "less than 12 GB of free disk here; free some space": _full_disk,
 }
 

@@ -44,10 +44,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Claims:
-    """The whole file: significance level after Holm, smallest number of paired seeds, claims."""
+    """The whole file: level after Holm, smallest number of paired seeds, when the claims were written, the claims."""
 
     alpha: float
     seeds: int
+    note: str
     claims: tuple[Claim, ...]
 
     def __post_init__(self) -> None:

@@ -10,13 +10,17 @@ UNVERIFIED = ("cave", "cave_numerator", "cmc_ball", "cmc_ring", "moco_ring", "si
 """Objectives whose definition nobody could check; docs/deviations.md has the reasons."""
 TASKS = ("box", "mask", "keypoint")
 MEANINGS = {
+    "linear_author_flat": "the public code's recipe: SGD on augmented images, for the epochs that its protocol states; "
+                          "the code has 100",
     "estimate": "what the row's own objective estimates of the mutual information, mean over the last epoch",
     "cap": "the largest value that so many draws let an estimate take",
     "nce_at_equal_f": "ir's estimate of the final encoder, with the row's own k and tau and negatives from the whole "
                       "bank: one measure for rows of equal k and tau",
     "mi_views": "lower bound of I(view; view'): two fresh views of each val image, all other images as negatives",
-    "certified_share": "share of epochs whose last batch has estimate + 3 standard errors <= log N - cross-entropy "
-                       "over the whole bank, itself a bound; by form: a bound that needs no certificate",
+    "certified_share": "whether the last batch of every epoch has estimate + 3 standard errors <= log N - "
+                       "cross-entropy over the whole bank, itself a bound; no: in which share of the epochs, and the "
+                       "estimate, that of the last one, is no bound; by form: a bound that needs no certificate; n/a: "
+                       "an objective only",
     "t3_share": "share of anchors whose lowest-scoring row of the region reaches the bank's log-mean-exp, which is "
                 "enough for a bound and not necessary; of cave, which leaves rows of the region out, a lower bound",
     "fallback_share": "share of anchors whose region is empty; they draw from the ball without their own row",

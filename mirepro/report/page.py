@@ -117,7 +117,8 @@ def present(table: Mapping[str, Any]) -> dict[str, Any]:
         ]
         parts.append({"heading": heading, "head": [text.heading(c, table) for c in columns], "lines": lines})
     return {
-        "name": table["table"], "title": table["title"], "text": EXPLANATIONS.get(table["table"], ""), "parts": parts,
+        "name": table["table"], "title": table["title"], "parts": parts,
+        "text": " ".join(filter(None, (EXPLANATIONS.get(table["table"]), table.get("note")))),
         "counted": any("note" in row for row in table["rows"]), "protocols": protocols(table),
         "notes": legend(table), "meanings": meanings(table),
     }  # fmt: skip
@@ -191,7 +192,7 @@ def cards(made: Mapping[str, Any], judged: Mapping[str, Any]) -> list[tuple[str,
 
 
 def best(table: Mapping[str, Any], column: str, what: str) -> list[tuple[str, str, str]]:
-    """The highest row trained without labels, beside the random and the supervised encoder."""
+    """The highest row trained without labels, of those with enough seeds if there are any, beside the references."""
     rows = {row["row"]: row["cells"][column] for row in table["rows"] if row["cells"][column]["mean"] is not None}
     learned = {
         row["row"]: rows[row["row"]]
@@ -200,9 +201,12 @@ def best(table: Mapping[str, Any], column: str, what: str) -> list[tuple[str, st
     }
     if not learned:
         return []
-    top = max(learned, key=lambda row: learned[row]["mean"])
+    notes = {row["row"]: row.get("note", "") for row in table["rows"]}
+    firm = [row for row in learned if not any(word in notes[row] for word in ("no ordering", "supports no"))]
+    top = max(firm or learned, key=lambda row: learned[row]["mean"])
     beside = [f"{row}\u00a0{joined(text.cell(rows[row], column))}" for row in ("random", "supervised") if row in rows]
-    explanation = f"highest trained without labels: {top}" + (f"; {', '.join(beside)}" if beside else "")
+    of = f"of {learned[top]['n']} seeds" if firm else notes[top].partition(";")[0]
+    explanation = f"highest trained without labels ({of}): {top}" + (f"; {', '.join(beside)}" if beside else "")
     return [(f"{what} (%)", joined(text.cell(learned[top], column)), explanation)]
 
 

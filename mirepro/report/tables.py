@@ -53,7 +53,7 @@ def build(root: Path, profile: str, layout: Mapping[str, Any]) -> None:
     Args:
         root: Folder that holds metrics/, runs/ and tables/.
         profile: Name of the profile.
-        layout: `{T1: {rows: {row: [run, ...]}}, ...}`.
+        layout: `{T1: {rows: {row: [run, ...]}, note: what to know of the whole table}, ...}`.
 
     Raises:
         UserError: A metrics file is missing or broken, or the layout has another shape.
@@ -93,7 +93,9 @@ def make(root: Path, profile: str, layout: Mapping[str, Any], name: str, values:
         }
         for row, items in records.items()
     ]
-    return {"table": name, "title": TITLES[name], "columns": list(columns), "rows": rows}
+    remark = layout[name].get("note")
+    noted = {"note": str(remark)} if remark else {}
+    return {"table": name, "title": TITLES[name], **noted, "columns": list(columns), "rows": rows}
 
 
 def note(records: list[metrics.Record], others: str = "") -> str:
@@ -215,7 +217,7 @@ def published_as(table: str, column: str) -> str:
 
 def markdown(table: Table) -> str:
     """The table for reading in a terminal or on a forge: one Markdown table for each group of columns."""
-    parts = [f"# {table['table']} {table['title']}\n"]
+    parts = [f"# {table['table']} {table['title']}\n", *([f"{table['note']}\n"] if "note" in table else [])]
     for heading, columns in text.groups(table):
         parts.append(f"## {heading}\n" if heading else "")
         head = ["row", *(text.heading(column, table) for column in columns), "note"]
@@ -227,7 +229,8 @@ def markdown(table: Table) -> str:
 
 def write_claims(folder: Path, file: claims.Claims, verdicts: list[dict[str, Any]]) -> None:
     """Writes `claims.{json,md}`."""
-    files.write_json(folder / "claims.json", {"alpha": file.alpha, "seeds": file.seeds, "claims": verdicts})
+    rules = {"alpha": file.alpha, "seeds": file.seeds, "note": file.note}
+    files.write_json(folder / "claims.json", rules | {"claims": verdicts})
     files.write_text(folder / "claims.md", claims_markdown(file, verdicts))
 
 
@@ -237,4 +240,4 @@ def claims_markdown(file: claims.Claims, verdicts: list[dict[str, Any]]) -> str:
             "verdict"]  # fmt: skip
     lines = [text.verdict(item) for item in verdicts]
     rule = f"Paired one-sided t tests over at least {file.seeds} seeds, Holm over {len(verdicts)} claims, level "
-    return f"# Claims\n\n{rule}{file.alpha:g}.\n\n{text.pipe_table(head, lines)}"
+    return f"# Claims\n\n{file.note}\n\n{rule}{file.alpha:g}.\n\n{text.pipe_table(head, lines)}"

@@ -93,9 +93,13 @@ def signed_zero(digits: str) -> str:
 def cell(content: Mapping[str, Any], column: str) -> str:
     """`mean ± std`, with the published value behind it where one was transcribed."""
     unit = content["unit"]
+    if column == "certified_share" and content["mean"] == 1:
+        return "yes"  # in every epoch of every run
     text = number(content["mean"], unit, column)
     if content["std"] is not None and column not in COUNTS:
         text += f" ± {number(content['std'], unit, column)}"
+    if column == "certified_share" and content["mean"] is not None:
+        text = f"no ({text})"
     if content["published"] is not None:
         text += f" (published {number(content['published'], unit, column)})"
     return text
