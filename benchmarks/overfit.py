@@ -2,7 +2,8 @@
 
 `mirepro data import coco PATH`, then `python -m benchmarks.overfit data/coco runs/desk/pretrain/ir-s0
 runs/desk/pretrain/random-s0 --out benchmarks/results/overfit.json`. High numbers on the images that were trained on
-prove that the recipe fits, nothing more; the held-out numbers beside them say what so few images teach.
+prove that the recipe fits, nothing more; the held-out numbers beside them say what so few images teach. With `--all`
+all images of train and val are learnt from, with crowds and with any number of objects: work for a GPU.
 """
 
 import argparse
@@ -75,6 +76,23 @@ class Chosen:
         return self.images[self.numbers[index]]
 
 
+@dataclass(frozen=True)
+class Joined:
+    """The images of some splits, one after another."""
+
+    parts: tuple[Scenes, ...]
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """See `Images`."""
+        places = [(part, i) for part in self.parts for i in range(len(part))]
+        return torch.cat([part.images[torch.tensor([i])] for part, i in (places[int(number)] for number in index)])
+
+
+def every(*parts: Scenes) -> Scenes:
+    """All images of some splits."""
+    return replace(parts[0], images=Joined(parts), objects=[found for part in parts for found in part.objects])
+
+
 def simple(scenes: Scenes, count: int) -> Scenes:
     """The first images that hold one to four objects of the model's kind and no crowds."""
     fits = [
@@ -94,9 +112,13 @@ def trials(options: argparse.Namespace) -> Iterator[Trial]:
     )  # fmt: skip
     for model in options.models:
         train = detection_data.load(shards.open(options.data, "train"), model, options.size)
-        test = detection_data.load(shards.open(options.data, "test"), model, options.size, used=train.used)
+        val, test = (
+            detection_data.load(shards.open(options.data, split), model, options.size, used=train.used)
+            for split in ("val", "test")
+        )
+        learnt = every(train, val) if options.all else simple(train, options.images)
         for encoder in options.encoders:
-            yield Trial(encoder, model, params, options.lr, simple(train, options.images), test)
+            yield Trial(encoder, model, params, options.lr, learnt, test)
 
 
 def main() -> None:
@@ -107,6 +129,7 @@ def main() -> None:
     parser.add_argument("--models", choices=("mask", "keypoint"), nargs="+", default=("mask", "keypoint"))
     for name, default in (("images", 8), ("size", 128), ("epochs", 200), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--all", action="store_true", help="learn from all images of train and val")
     parser.add_argument("--lr", type=float, default=0.004)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the detector is trained")
     parser.add_argument("--out", type=Path, help="JSON file")
@@ -124,7 +147,7 @@ def main() -> None:
             table.add_row(*head, before, ap50, ap, held_out, str(result["seconds"]))
     Console().print(table)
     if options.out:
-        names = ("images", "size", "epochs", "lr", "device", "threads")
+        names = ("images", "all", "size", "epochs", "lr", "device", "threads")
         setting = {name: getattr(options, name) for name in names}
         files.write_json(options.out, {"setting": setting, "unit": "%", "trials": done})
 

@@ -67,6 +67,18 @@ def test_the_overfit_benchmark_trains_where_it_is_told(
     assert where == [device] * 4
 
 
+def test_the_overfit_benchmark_learns_from_all_images_of_two_splits() -> None:
+    """In their order, objects beside their images; control: the few simple ones of one split."""
+    parts = [_load(FakeSplit(count, seed), "mask", SIZE) for count, seed in ((3, 0), (2, 1))]
+    joined = overfit.every(*parts)
+    assert (len(joined), len(overfit.simple(parts[0], 2))) == (5, 2)
+    index = torch.tensor([4, 0, 2])
+    expected = [parts[1].images[torch.tensor([1])], parts[0].images[torch.tensor([0, 2])]]
+    assert torch.equal(joined.images[index], torch.cat(expected))
+    assert joined.objects == [*parts[0].objects, *parts[1].objects]
+    assert not torch.equal(joined.images[index], joined.images[index.flip(0)])
+
+
 def test_an_evaluation_computes_where_its_encoder_is(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Features and layers, also after a resume; what leaves is on the CPU. Control: features that are elsewhere."""
     monkeypatch.setattr(views, "batch", lambda pixels, *_, **__: pixels / 255)  # draws by numbers, a matter of values
