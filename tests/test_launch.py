@@ -70,6 +70,8 @@ def test_sections_start_from_all(tmp_path: Path) -> None:
         ("[all]\nimage = 'mirepro:latest'", "image: 'mirepro:latest' is impossible; use a digest"),
         ("[all]\nruntime = 'docker'", "runtime: 'docker' is impossible; use podman or apptainer or pyxis"),
         ("[all]\noptions = {partition = 'x'}", "options.partition: set by the launcher"),
+        ("[all]\nnodes = 2", "evaluate.nodes: 2 is impossible, such a stage is one task; set it in [pretrain]"),
+        ("[evaluate]\ntasks = 2", "evaluate.tasks: 2 is impossible, such a stage is one task; set it in [pretrain]"),
         ("executor = 'pbs'", "executor: 'pbs' is impossible; use slurm or local"),
         ("retries = -1", "retries: -1 is impossible"),
         ("x = ", "not valid TOML"),
@@ -81,6 +83,30 @@ def test_mistakes_name_file_key_and_remedy(tmp_path: Path, text: str, message: s
     assert message in str(caught.value)
     assert "lab.toml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+FOREIGN = [
+    "image = 'a@sha256:0'", "nodes = 2", "partition = 'x'", "account = 'x'", "qos = 'x'", "cpus = 2", "memory = '4G'",
+    "runtime = 'pyxis'", "binds = ['/data']", "options = {nice = 5}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+def test_jobs_of_this_machine_refuse_what_they_would_ignore(tmp_path: Path, text: str) -> None:
+    """Control: the same section is right on a cluster."""
+    key, own = text.partition(" = ")[0], f"[pretrain]\n{text}\n"
+    assert load(tmp_path, own).executor == "slurm"
+    with pytest.raises(UserError, match=rf"lab\.toml: pretrain\.{key}: .* means nothing to jobs of this machine; leave"):
+        load(tmp_path, f"executor = 'local'\n{own}")
+
+
+def test_jobs_of_this_machine_take_what_they_heed(tmp_path: Path) -> None:
+    """The test above names all other keys."""
+    heeded = {"gpus": "2", "tasks": "2", "time": "'3:00:00'", "grace": "30", "setup": "['true']"}
+    lines = "\n".join(f"{key} = {value}" for key, value in heeded.items())
+    assert load(tmp_path, f"executor = 'local'\n[pretrain]\n{lines}\n").section("pretrain").tasks == 2
+    assert heeded.keys() == site.HEEDED_HERE
+    assert heeded.keys() | {text.partition(" = ")[0] for text in FOREIGN} == vars(Section()).keys()
 
 
 def test_unknown_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
