@@ -84,6 +84,25 @@ class Launcher:
                 self.ledger.save(entry)
         return Handle(self, ticket)
 
+    def adopt(self, entry: Entry) -> None:
+        """Finds the job of an attempt whose submission was cut short, or drops the attempt; call it in `locked`.
+
+        Raises:
+            Unreachable: The scheduler does not answer.
+            UserError: It cannot be asked.
+        """
+        last = entry.last
+        if last is None or last.state != "submitting":
+            return
+        folder = self.root / last.folder
+        job = self.scheduler.find(name(entry.stage, last), folder)
+        if job is None:
+            entry.attempts.pop()
+        else:
+            pickled(folder, job)
+            entry.change(state="submitted", job=job, cluster=self.scheduler.cluster())
+        self.ledger.save(entry)
+
     def run(self, ticket: Ticket) -> None:
         """Launches a computation and waits for its result.
 
@@ -150,7 +169,11 @@ class Handle:
         """
         ledger, ticket = self._launcher.ledger, self.ticket
         with ledger.locked(ticket.fingerprint, ticket.stage, self._launcher.site.name) as entry:
-            self._adopt(entry)
+            try:
+                self._launcher.adopt(entry)
+            except Unreachable as error:
+                self.status = Status("unreachable", detail=str(error))
+            self._show(entry)
             if entry.stopped:
                 raise JobFailed(self._complaint(entry.stopped))
             if entry.last is not None and entry.last.state == "finished":
@@ -165,24 +188,6 @@ class Handle:
         if decision.act == "stop":
             raise JobFailed(self._complaint(decision.reason))
         return decision.act == "collect"
-
-    def _adopt(self, entry: Entry) -> None:
-        """Finds the job of an attempt whose submission was cut short, or drops the attempt."""
-        last = entry.last
-        if last is not None and last.state == "submitting":
-            scheduler, folder = self._launcher.scheduler, self._launcher.root / last.folder
-            try:
-                job = scheduler.find(name(entry.stage, last), folder)
-            except Unreachable as error:
-                self.status = Status("unreachable", detail=str(error))
-                return
-            if job is None:
-                entry.attempts.pop()
-            else:
-                pickled(folder, job)
-                entry.change(state="submitted", job=job, cluster=scheduler.cluster())
-            self._launcher.ledger.save(entry)
-        self._show(entry)
 
     def _show(self, entry: Entry) -> None:
         last = entry.last
