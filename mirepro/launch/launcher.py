@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from mirepro.launch.slurm import Slurm
 from mirepro.launch.task import Task, stamp
 from mirepro.site import Site
 
+POLITE = (signal.SIGTERM, signal.SIGHUP)
+"""What ends a command like Ctrl-C: a kill, and the end of its terminal or connection."""
 FASTEST = 0.25  # seconds between the first looks
 TAIL = 20  # lines of a traceback or a log below a message
 ALONE = re.compile(r"rank \d+: lost the other ranks")  # see `mirepro.ranks`
@@ -104,16 +107,17 @@ class Launcher:
         self.ledger.save(entry)
 
     def run(self, ticket: Ticket) -> None:
-        """Launches a computation and waits for its result.
+        """Launches a computation and waits for its result; says on stderr where it runs and why it runs again.
 
         Raises:
             JobFailed: It failed for good.
             Detached: Ctrl-C; the job goes on.
         """
         handle = self.start(ticket)
-        pause = FASTEST
+        pause, told = FASTEST, set[str]()
         try:
             while not handle.poll():
+                _tell(handle, told)
                 time.sleep(pause)
                 pause = min(1.5 * pause, self.site.poll)
         except KeyboardInterrupt as interrupt:
@@ -134,13 +138,22 @@ def farewell(handles: list["Handle"]) -> str:
     return f"detached; {named}; rerun to re-attach, `mirepro jobs cancel {' '.join(jobs)}` to stop"
 
 
+def _tell(handle: "Handle", told: set[str]) -> None:
+    """Prints what is new about a launched computation."""
+    where = [f"{handle.ticket.stage} is job {handle.label}"] if handle.label else []
+    for line in [*handle.notes, *where]:
+        if line not in told:
+            told.add(line)
+            print(line, file=sys.stderr, flush=True)
+
+
 class Handle:
     """A launched computation, looked at from time to time.
 
     Attributes:
         status: What the scheduler said last.
         job: The scheduler's id of the newest attempt.
-        notes: What happened since the start, in the order of events.
+        notes: Why it was submitted again, in the order of events; each names the job that ended.
     """
 
     def __init__(self, launcher: Launcher, ticket: Ticket) -> None:
@@ -270,7 +283,7 @@ class Handle:
 
 @contextmanager
 def uninterrupted(children: bool = True) -> Iterator[None]:
-    """Holds Ctrl-C and a polite kill back until the end, from child processes too: a submission ends in the ledger.
+    """Holds Ctrl-C and what is `POLITE` back until the end, from children too: a submission ends in the ledger.
 
     The mask is what children inherit; the handlers hold back what another thread of this process receives meanwhile
     (they are the main thread's, the only one that Python interrupts).
@@ -279,7 +292,7 @@ def uninterrupted(children: bool = True) -> Iterator[None]:
         children: Whether child processes inherit the mask; those that start a stage may not, for they outlast it.
     """
     held: list[int] = []
-    polite = (signal.SIGINT, signal.SIGTERM)
+    polite = (signal.SIGINT, *POLITE)
     handled = polite if threading.current_thread() is threading.main_thread() else ()
     handlers = {number: signal.signal(number, lambda number, _: held.append(number)) for number in handled}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, polite if children else ())
