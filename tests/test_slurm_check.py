@@ -74,7 +74,7 @@ def test_a_probe_that_would_wait_is_made_smaller(cluster: Cluster, check: Check)
         ("[toy]\ntime = '2:00:00'", "toy.time: 2:00:00 is over the limit 01:00:00 of main; lower it"),
         ("[pretrain]\nnodes = 3", "pretrain.nodes: 3, and main has 2; lower it"),
         ("[all]\noptions = {moon = 3}", "pretrain.options.moon: sbatch has no such option"),
-        ("[all]\noptions = {constraint = 'moon'}", "pretrain.options.constraint: 'moon': Invalid feature"),
+        ("[all]\noptions = {constraint = 'sun'}", "pretrain.options.constraint: 'sun': Invalid feature specification"),
         ("[all]\noptions = {reservation = 'moon'}", "pretrain.options.reservation: 'moon': Requested reservation is"),
         ("[all]\noptions = {nodelist = 'n7'}", "pretrain.options.nodelist: 'n7': Invalid node name"),
         ("[all]\noptions = {gres = 'gpu:9'}", "pretrain.options.gres: 'gpu:9': Invalid generic resource (gres)"),
