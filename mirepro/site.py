@@ -20,6 +20,11 @@ RUNTIMES = ("podman", "apptainer", "pyxis")
 SHARED = "all"
 """The section whose values every class of stages starts from."""
 
+HEEDED_HERE = {"gpus", "time", "grace", "tasks", "setup"}
+"""The keys of a section that mean something to a job of this machine."""
+RANKED = "pretrain"
+"""The class of stages that several tasks can share."""
+
 OWN = {
     "account", "array", "comment", "cpus-per-task", "error", "gpus-per-node", "job-name", "mem", "nodes",
     "ntasks-per-node", "open-mode", "output", "partition", "qos", "signal", "time",
@@ -37,8 +42,8 @@ class Section:
         memory: Of each node, in Slurm's spelling: "32G".
         time: Limit of one run of the job, in minutes or Slurm's spelling ("1-12:00:00"); a requeued job starts anew.
         grace: Seconds between the signal to stop and the limit.
-        nodes: Nodes of a job.
-        tasks: Processes on each node; several are for pretraining only.
+        nodes: Nodes of a job; several are for pretraining only.
+        tasks: Processes on each node; likewise.
         image: Container image by digest: "registry/name@sha256:...".
         runtime: What starts the image: podman, apptainer or pyxis.
         binds: Folders the container sees beside the repository, "host:container" or one path for both.
@@ -133,7 +138,7 @@ def load(root: Path, name: str, kinds: Iterable[str]) -> Site:
         kinds: The classes of stages that may have a section.
 
     Raises:
-        UserError: No such site, unknown key (with the nearest known one), or an impossible value.
+        UserError: No such site, unknown key (with the nearest known one), an impossible value, or one nobody heeds.
     """
     path = root / "launch" / f"{name}.toml"
     if not path.is_file() and name in EXECUTORS:
@@ -150,6 +155,8 @@ def load(root: Path, name: str, kinds: Iterable[str]) -> Site:
     shared = sections.pop(SHARED, {})
     built = {kind: _section(shared | sections.get(kind, {}), f"{path}: {kind}") for kind in kinds}
     _check(site, path)
+    for kind, section in built.items():
+        _heeded(site.executor, kind, section, f"{path}: {kind}")
     return dataclasses.replace(site, sections=built)
 
 
@@ -199,6 +206,18 @@ def _section(values: Mapping[str, Any], where: str) -> Section:
         if not isinstance(value, str | int | bool):
             raise UserError(f"{where}.options.{key}: expected text, a number or true, got {value!r}")
     return section
+
+
+def _heeded(executor: str, kind: str, section: Section, where: str) -> None:
+    """Refuses what would be ignored."""
+    plain = Section()
+    changed = {key: value for key, value in vars(section).items() if value != getattr(plain, key)}
+    for key, value in changed.items():
+        if executor == "local" and key not in HEEDED_HERE:
+            remedy = 'leave it out, or set executor = "slurm"'
+            raise UserError(f"{where}.{key}: {value!r} means nothing to jobs of this machine; {remedy}")
+        if kind != RANKED and key in ("nodes", "tasks"):
+            raise UserError(f"{where}.{key}: {value!r} is impossible, such a stage is one task; set it in [{RANKED}]")
 
 
 def _check(site: Site, path: Path) -> None:

@@ -18,6 +18,8 @@ for line in (ROOT / "portable.env").read_text().splitlines():
     os.environ[name] = value
 # A shell's background job ignores Ctrl-C, and so would all that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup's child, whose own children are to be hung up
+    signal.signal(signal.SIGHUP, lambda *_: None)
 assert "torch" not in sys.modules, "torch was imported before the portable tier's variables were set"
 
 

@@ -1,5 +1,6 @@
 """`mirepro plan`: counted work, rates that are missing, and predictions that follow the work."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,3 +157,26 @@ def test_disk_is_that_of_the_recorded_outputs(root: Path) -> None:
     assert all(0.85 < ratio < 1.15 for ratio in ratios.values()), ratios
     evaluations = [ratio for name, ratio in ratios.items() if name.startswith("evaluate@")]
     assert not any(0.85 < 8 * ratio < 1.15 for ratio in evaluations)  # control: a byte an answer instead of a bit
+
+
+def test_the_page_about_clusters_has_the_numbers_of_the_plan(paper: profiles.Profile) -> None:
+    """Two digits of them; control: another rate."""
+
+    def counted(rate: float) -> dict[str, list[float]]:
+        cells = (line.replace(",", "").split() for line in budget.lines(paper, rate))
+        found = {row[0]: [float(cell) for cell in row[1:]] for row in cells if row and re.fullmatch(r"T\d+", row[0])}
+        return {name: [runs, *(float(f"{v:.2g}") for v in rest)] for name, (runs, *rest) in found.items()}
+
+    def number(cell: str) -> float:
+        digits = re.match(r"[\d.]+", cell.replace(",", ""))
+        assert digits is not None
+        return float(digits[0]) * (1e6 if "million" in cell else 1)
+
+    plan, other, said = counted(4e12), counted(8e12), {}
+    for line in (paper.root / "docs" / "slurm.md").read_text(encoding="utf-8").splitlines():
+        label, *cells = line.strip("| ").split(" | ")
+        if re.match(r"T\d+[ ,]", label):
+            runs, gpu, core, disk = map(number, cells)
+            said |= {name: pytest.approx([runs, core, gpu, disk]) for name in re.findall(r"T\d+", label)}
+    assert said == plan
+    assert said != other

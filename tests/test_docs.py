@@ -1,6 +1,10 @@
-"""The documentation names tests, modules and files that exist."""
+"""The documentation names tests, modules, files and messages that exist, and quotes what was measured."""
 
+import ast
+import json
 import re
+import statistics
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,3 +55,73 @@ def test_control_a_wrong_name_is_seen(text: str) -> None:
     assert (
         missing("`tests/test_docs.py::test_what_a_page_names_exists`, `test_what_a_page...`, python -m mirepro") == []
     )
+
+
+FOREIGN = (
+    "Invalid account or account/partition combination", "Invalid qos specification", "QOSMax", "AssocMax",
+    "Job violates accounting/QOS policy", "Invalid feature specification", "Invalid generic resource",
+    "Requested node configuration is not available", "execve(): apptainer: No such file or directory", "CANCELLED by",
+    "podman: not found", "unrecognized option '--container-image=", "Error: initializing source docker://",
+    "Unable to handle docker://", "pyxis: failed to import docker image", "Error: statfs", "no such file or directory",
+    "OUT_OF_MEMORY", "timed-out too many times",
+)  # fmt: skip
+"""Words of Slurm, submitit and the runtimes, which tests know."""
+PLACES = re.compile(r"\.\.\.|: |'[^']*'|\b(?:\d+|[A-Zx])\b")
+"""What stands in a quoted message for something else, or between its parts."""
+
+
+@cache
+def literals(folder: Path) -> str:
+    """All texts of a folder's programs, one after the other."""
+    paths = [path for path in folder.rglob("*.py") if path.name != "test_docs.py"]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
+    found = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    return "\n".join(text for text in found if isinstance(text, str))
+
+
+def unknown(messages: list[str]) -> list[str]:
+    """Parts of messages that neither this program says nor, in its tests, another one."""
+    own, others = literals(ROOT / "mirepro"), literals(ROOT / "tests")
+    lost = []
+    for message in messages:
+        foreign = [words for words in FOREIGN if words in message]
+        for words in foreign:
+            message = message.replace(words, "...")
+        parts = [part.strip(" .:;(),") for part in PLACES.split(message)]
+        lost += [part for part in parts if part not in own] + [words for words in foreign if words not in others]
+    return lost
+
+
+def quoted(text: str) -> list[str]:
+    """The messages of the page's last table."""
+    rows = [line.split(" | ")[0] for line in text.partition("## Messages")[2].splitlines() if line.startswith("| ")]
+    return [message for row in rows[2:] for message in re.findall("`([^`]+)`", row)]
+
+
+def test_quoted_messages_exist() -> None:
+    messages = quoted((ROOT / "docs" / "slurm.md").read_text(encoding="utf-8"))
+    assert len(messages) > 30
+    assert unknown(messages) == []
+
+
+@pytest.mark.parametrize(
+    "message", ["the scheduler is silent", "time: ... is above the limit ...", "options.x: sbatch knows no such option"]
+)
+def test_control_a_message_that_nobody_says_is_seen(message: str) -> None:
+    assert unknown([message]) != []
+
+
+def test_overhead_is_what_was_measured() -> None:
+    """The differences to plain sbatch, from the benchmark's files; all of them are under 3 s."""
+    text = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| Zen [^|]*\| ([\d.]+) \| ([\d.]+) to ([\d.]+) \| `([^`]+)` \|$", text, re.MULTILINE)
+    assert len(rows) == 4
+    for *said, name in rows:
+        seconds = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["overhead"]["all"]
+        slow, plain = seconds["command by the launcher"], seconds["command by sbatch"]
+        each = [a - b for a, b in zip(slow, plain, strict=True)]
+        found = (statistics.median(slow) - statistics.median(plain), min(each), max(each))
+        assert [f"{value:.2f}" for value in found] == said, name
+        assert max(each) < 3
+        assert (max(slow) == 3.12) == (name == "2026-11-30-zen3-launch-together.json")
+        assert sum(value > 3 for value in slow) == (max(slow) == 3.12)

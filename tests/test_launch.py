@@ -1,4 +1,4 @@
-"""Site files, commands about jobs, and jobs of this machine that outlive the command."""
+"""Commands about jobs, and jobs of this machine that outlive the command."""
 
 import os
 import pickle
@@ -16,7 +16,7 @@ import slurm_jobs
 from cluster import until, working
 from miniature import Miniature
 
-from mirepro import execution, site, stages
+from mirepro import execution
 from mirepro.errors import UserError
 from mirepro.launch import commands, probe, scheduler, slurm
 from mirepro.launch.container import Container, enroot
@@ -24,89 +24,9 @@ from mirepro.launch.launcher import outcome, uninterrupted
 from mirepro.launch.ledger import Attempt, Entry, Status
 from mirepro.launch.scheduler import Local, Request, Unreachable
 from mirepro.launch.task import BARREN, Task
-from mirepro.site import Section, parse_minutes
+from mirepro.site import Section
 
 DIGEST = "registry.example.org/mirepro@sha256:0123"
-
-
-def load(tmp_path: Path, text: str) -> site.Site:
-    """A site file's text as a site."""
-    (tmp_path / "launch").mkdir(exist_ok=True)
-    (tmp_path / "launch" / "lab.toml").write_text(text)
-    return site.load(tmp_path, "lab", stages.JOBS)
-
-
-def test_example_is_right_and_names_every_key(root: Path) -> None:
-    place = site.load(root, "example", stages.JOBS)
-    assert set(place.sections) == set(stages.JOBS)
-    assert place.section("pretrain").minutes == 240
-    text = (root / "launch" / "example.toml").read_text()
-    for cls in (Section, site.Site):
-        for name in cls.__dataclass_fields__.keys() - {"name", "sections"}:
-            assert re.search(rf"\b{name} = |\[{name}", text) or name in ("nodes", "tasks"), name
-
-
-def test_sections_start_from_all(tmp_path: Path) -> None:
-    own = "[pretrain]\ngpus = 2\ntasks = 2\ntime = 30\n"
-    place = load(tmp_path, f"poll = 2\n[all]\ntime = '2:00:00'\nmemory = '4G'\n{own}")
-    assert (place.section("toy").minutes, place.section("toy").gpus) == (120, 0)
-    assert (place.section("pretrain").minutes, place.section("pretrain").memory) == (30, "4G")
-    assert place.poll == 2.0
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("pol = 3", "pol: unknown key; did you mean 'poll'"),
-        ("[pretrian]", "pretrian: unknown section; did you mean 'pretrain'"),
-        ("[all]\npartitions = 'x'", "all: partitions: unknown key; did you mean 'partition'"),
-        ("[all]\nzzz = 1", "all: zzz: unknown key; known: account, binds"),
-        ("[all]\ngpus = 'two'", "gpus: expected int, got 'two'"),
-        ("[all]\ngpus = -1", "gpus: -1 is impossible"),
-        ("[all]\ngpus = 8", "gpus: 8 is impossible; use 0, or 1: one for each of a node's tasks"),
-        ("[all]\ntime = 'noon'", "time: 'noon' is no time"),
-        ("[all]\ntime = 1", "grace: 60 is impossible"),
-        ("[all]\nmemory = 'much'", "memory: 'much' is impossible"),
-        ("[all]\nimage = 'mirepro:latest'", "image: 'mirepro:latest' is impossible; use a digest"),
-        ("[all]\nruntime = 'docker'", "runtime: 'docker' is impossible; use podman or apptainer or pyxis"),
-        ("[all]\noptions = {partition = 'x'}", "options.partition: set by the launcher"),
-        ("executor = 'pbs'", "executor: 'pbs' is impossible; use slurm or local"),
-        ("retries = -1", "retries: -1 is impossible"),
-        ("x = ", "not valid TOML"),
-    ],
-)
-def test_mistakes_name_file_key_and_remedy(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        load(tmp_path, text)
-    assert message in str(caught.value)
-    assert "lab.toml" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_unknown_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load(tmp_path, "")
-    with pytest.raises(UserError, match=r"no file .*moon.toml; known: inline, slurm, local, lab"):
-        site.load(tmp_path, "moon", stages.JOBS)
-    monkeypatch.setenv(site.VARIABLE, "inline")
-    assert site.chosen(tmp_path, stages.JOBS) is None
-    monkeypatch.setenv(site.VARIABLE, "local")
-    chosen = site.chosen(tmp_path, stages.JOBS)
-    assert chosen is not None
-    assert chosen.executor == "local"
-
-
-@pytest.mark.parametrize(
-    ("text", "minutes"),
-    [(90, 90), ("90", 90), ("90:30", 91), ("1:30:00", 90), ("1-12", 2160), ("1-12:30", 2190), ("2-00:00:01", 2881)],
-)
-def test_times_as_slurm_writes_them(text: str | int, minutes: int) -> None:
-    assert parse_minutes(text) == minutes
-
-
-@pytest.mark.parametrize("text", ["", "0", "1:2:3:4", "-5", "1h"])
-def test_no_times(text: str) -> None:
-    with pytest.raises(UserError, match="is no time"):
-        parse_minutes(text)
 
 
 def test_request_becomes_options(tmp_path: Path) -> None:
@@ -332,7 +252,7 @@ def test_local_jobs_and_the_commands_about_them(miniature: Miniature) -> None:
     assert "not in the ledger" in miniature.run("jobs", "cancel", "toy").stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("children", [True, False])
 def test_an_interruption_waits_for_the_submission(number: signal.Signals, children: bool) -> None:
     """Another thread takes the signal where the main one blocks it; the control is the blocking alone."""
@@ -377,13 +297,16 @@ def test_an_interruption_waits_for_the_submission(number: signal.Signals, childr
 
 
 @pytest.mark.slow
-def test_interrupted_reproduction_detaches_and_comes_back(miniature: Miniature, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_interrupted_reproduction_detaches_and_comes_back(
+    number: signal.Signals, miniature: Miniature, tmp_path: Path
+) -> None:
     (miniature.root / "slow").touch()
     command = [sys.executable, "-m", "mirepro", "repro", "pretrain@ring-s0", "--launch", "local"]
     head = subprocess.Popen(command, cwd=miniature.root, env=miniature.environment, stderr=subprocess.PIPE, text=True)
     entries = miniature.root / ".mirepro" / "jobs"
     until(lambda: any('"state": "submitted"' in path.read_text() for path in entries.glob("*.json")), 120, "start")
-    head.send_signal(signal.SIGINT)
+    head.send_signal(number)
     error = head.communicate(timeout=120)[1]
     assert head.returncode == 130
     found = re.search(r"detached; job (\d+) continues; rerun to re-attach, `mirepro jobs cancel \1` to stop", error)
@@ -402,11 +325,41 @@ def test_interrupted_reproduction_detaches_and_comes_back(miniature: Miniature, 
 
 
 @pytest.mark.slow
+def test_a_log_out_ends_a_command_and_leaves_its_job(miniature: Miniature, tmp_path: Path) -> None:
+    """The whole process group is told; control: of a head under nohup nothing ends."""
+    (miniature.root / "slow").touch()
+    command = [sys.executable, "-m", "mirepro", "stage", "pretrain", "ring-s0"]
+    environment = miniature.environment | {"MIREPRO_LAUNCH": "local"}
+    assert miniature.run("stage", "code").returncode == 0
+
+    def start(said: Path, *before: str) -> tuple[subprocess.Popen[bytes], str]:
+        options = {"cwd": miniature.root, "env": environment, "start_new_session": True}
+        with said.open("w") as file:
+            head = subprocess.Popen([*before, *command], stderr=file, stdin=subprocess.DEVNULL, **options)
+        until(lambda: " is job " in said.read_text(), 120, "the job")
+        os.killpg(head.pid, signal.SIGHUP)
+        return head, said.read_text().split()[-1]
+
+    head, job = start(tmp_path / "first")
+    assert head.wait(60) == -signal.SIGHUP
+    assert f"{job}  pretrain@ring-s0  local  RUNNING" in miniature.run("jobs", "list").stdout
+    head, again = start(tmp_path / "second", "nohup")
+    assert again == job, "attached"
+    time.sleep(1.0)
+    assert head.poll() is None
+    assert f"{job} pretrain@ring-s0: cancelled" in miniature.run("jobs", "cancel", job).stdout
+    assert head.wait(60) == 1
+    assert "cancelled by `mirepro jobs cancel`" in (tmp_path / "second").read_text()
+
+
+@pytest.mark.slow
 def test_failures_are_summed_up(miniature: Miniature) -> None:
     miniature.edit("mirepro/toy.py", "def toy(params: ToyParams, out):", "def toy(params: ToyParams, out):\n    1 / 0")
     result = miniature.run("repro", "--launch", "local", "--keep-going", "--jobs", "3")
     assert result.returncode == 1
     assert "ZeroDivisionError: division by zero (twice the same way); log: " in result.stderr
+    again = r"^toy: job \d+: ZeroDivisionError: division by zero; submitted again$"
+    assert re.search(again, result.stderr, re.MULTILINE)
     assert "not run: tables, report" in result.stderr
     assert (miniature.root / "metrics/desk/evaluate/ring-s0.json").exists()
 
@@ -419,7 +372,7 @@ def test_code_that_changed_after_submission_is_refused(miniature: Miniature) -> 
     result = miniature.run("stage", "toy", env=miniature.environment | {"MIREPRO_LAUNCH": "local"})
     assert result.returncode == 1
     assert "parameters, data or code changed after the job was submitted" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    assert re.match(r"toy is job \d+\nmirepro: .*\n\Z", result.stderr)
     assert miniature.run("stage", "code").returncode == 0
     assert miniature.run("stage", "toy", env=miniature.environment | {"MIREPRO_LAUNCH": "local"}).returncode == 0
 

@@ -4,6 +4,7 @@ import os
 import pickle
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from mirepro.errors import UserError
 from mirepro.launch import commands, waves
 from mirepro.launch.launcher import FASTEST, TAIL, Handle, JobFailed, Launcher, Ticket
 from mirepro.launch.ledger import Attempt, Status
+from mirepro.launch.plan import Plan
 from mirepro.launch.remote import Remote
 from mirepro.launch.scheduler import Request
 from mirepro.site import Section, Site
@@ -32,6 +34,34 @@ class Ended:
 
     def status(self, attempt: Attempt, name: str) -> Status:
         return Status("ended", "FAILED", detail="NonZeroExitCode")
+
+
+class Again(Ended):
+    """One whose jobs all end so, or with a result.
+
+    Args:
+        work: Where a result stands.
+        good: The job that brings it.
+    """
+
+    def __init__(self, work: Path, good: int) -> None:
+        self.work, self.good, self.job = work, good, 6
+
+    def submit(self, request: Request) -> str:
+        self.job += 1
+        if self.job == self.good:
+            (self.work / "finished").mkdir(parents=True)
+        return str(self.job)
+
+    def cancel(self, attempt: Attempt, name: str) -> None:
+        pass
+
+
+def launcher(root: Path, good: int, retries: int = 1) -> tuple[Launcher, Ticket]:
+    """A launcher of such a scheduler, and a computation."""
+    site = Site("here", settle=0.0, retries=retries, sections={"pretrain": Section()})
+    ticket = Ticket("pretrain@a", "pretrain", "f", root / "work", print, 1)
+    return Launcher(root, site, Again(ticket.work, good)), ticket
 
 
 def failed(root: Path, *results: Any) -> Handle:
@@ -156,3 +186,50 @@ def test_a_result_is_seen_before_the_next_look_at_the_queue(tmp_path: Path, monk
     (handle.ticket.work / "finished").touch()
     time.sleep(2 * FASTEST)
     assert (remote.exitcode, len(asked)) == (0, 1)
+
+
+NOTE = "pretrain@a: job 7: FAILED NonZeroExitCode, without a result; submitted again"
+
+
+@pytest.mark.parametrize("good", [7, 8])
+def test_a_command_says_why_a_job_is_submitted_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], good: int
+) -> None:
+    """As `MIREPRO_LAUNCH=slurm dvc repro` shows it; control: a job that brings its result has nothing to explain."""
+    jobs, ticket = launcher(tmp_path, good)
+    jobs.run(ticket)
+    assert capsys.readouterr().err.splitlines() == ["pretrain@a is job 7", NOTE, "pretrain@a is job 8"][: 2 * good - 13]
+
+
+class Starter:
+    """Starts a launched computation as the only stage; DVC's part is left out."""
+
+    def __init__(self, root: Path, good: int) -> None:
+        jobs, ticket = launcher(root, good)
+        self.log = root / "log"
+        self.remote = Remote(jobs.start(ticket), self.log, 0.0)
+
+    def start(self, name: str) -> waves.Running:
+        return waves.Running(name, self.remote, self.log, self.log)
+
+    def collect(self, items: list[waves.Running]) -> None:
+        for item in items:
+            item.process = SimpleNamespace(pid=0, poll=lambda: 0)
+
+    def recorded(self, names: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("good", [7, 8])
+def test_a_reproduction_says_so_above_its_board(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], good: int, terminal: bool
+) -> None:
+    """On a terminal too; the stage's log keeps it."""
+    for name, value in (("TTY_COMPATIBLE", "1"), ("TERM", "xterm"), ("COLUMNS", "120")) if terminal else ():
+        monkeypatch.setenv(name, value)
+    board = waves.Board({"pretrain@a": 1.0}, 1)
+    waves.Wave(Starter(tmp_path, good), Plan({"pretrain@a": set()}, ["pretrain@a"], {}), 1, board).run()  # type: ignore[arg-type]
+    shown = [line for line in capsys.readouterr().err.splitlines() if NOTE in line]
+    assert len(shown) == (good == 8)
+    assert f"mirepro: {NOTE}\n" in (tmp_path / "log").read_text() if good == 8 else not (tmp_path / "log").exists()

@@ -135,8 +135,8 @@ class Life(RuleBasedStateMachine):
         except Killed:
             self.restart_head()
             return False
-        assert done or not finished or not self.fake.answers
         assert not (finished and self.fake.count > before), "submitted though the result stands"
+        assert done or not finished or not self.fake.answers
         return done
 
     def _finish(self, job: Job) -> None:
@@ -245,6 +245,49 @@ def test_the_machine_notices_a_second_job(monkeypatch: pytest.MonkeyPatch) -> No
     machine.poll("")
     with pytest.raises(AssertionError):
         machine.one_job_at_most()
+
+
+def test_the_machine_notices_attempts_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: a rule that never stops breaks the bound; the real one, after the same ends, keeps it."""
+    real = ledger.decide
+
+    def tireless(attempts: list[Attempt], sight: Sight, retries: int) -> Decision:
+        decision = real(attempts, sight, retries)
+        return Decision("submit", decision.reason) if decision.act == "stop" else decision
+
+    def live() -> Life:
+        machine = Life()
+        for _ in range(RETRIES + 2):
+            machine.poll("")
+            for job in machine.fake.alive():  # none where it was given up
+                job.status = Status("ended", "NODE_FAIL")
+            machine.attempts_without_progress_are_bounded()
+        return machine
+
+    live().folder.cleanup()
+    monkeypatch.setattr("mirepro.launch.launcher.decide", tireless)
+    with pytest.raises(AssertionError, match=rf"assert {RETRIES + 2} <= "):
+        live()
+
+
+def test_the_machine_notices_a_submission_though_the_result_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: a rule that does not look at the result; the real one collects it."""
+    real = ledger.decide
+
+    def blind(attempts: list[Attempt], sight: Sight, retries: int) -> Decision:
+        return real(attempts, replace(sight, finished=False, settled=True), retries)
+
+    def live() -> Life:
+        machine = Life()
+        machine.poll("")
+        machine.finish()
+        machine.poll("")
+        return machine
+
+    live().folder.cleanup()
+    monkeypatch.setattr("mirepro.launch.launcher.decide", blind)
+    with pytest.raises(AssertionError, match="submitted though the result stands"):
+        live()
 
 
 def attempt(reason: str = "", progressed: bool = False) -> Attempt:

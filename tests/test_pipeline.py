@@ -225,15 +225,17 @@ def test_nothing_is_computed_twice_where_dvc_died_before_its_record(made: Miniat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interruption_reaches_the_stages(made: Miniature, number: int) -> None:
+    """A terminal that closes tells the whole process group."""
     (made.root / "slow").touch()
     shutil.rmtree(made.root / ".mirepro" / "work")
     with edited(made, *EDITS["the loop"][:3]):
         command = [sys.executable, "-m", "mirepro", "repro", "--jobs", "1"]
-        head = subprocess.Popen(command, cwd=made.root, env=made.environment, stderr=subprocess.PIPE, text=True)
+        options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        head = subprocess.Popen(command, cwd=made.root, env=made.environment, **options)
         started = _wait_for(made.root / ".mirepro" / "work", "*/state/started")
-        os.kill(head.pid, number)
+        (os.killpg if number == signal.SIGHUP else os.kill)(head.pid, number)
         error = head.communicate(timeout=120)[1]
         assert head.returncode == 130
         assert error.strip().splitlines()[-1] == "mirepro: interrupted; the same command continues"

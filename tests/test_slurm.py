@@ -226,7 +226,7 @@ bench.launcher.run(bench.ticket)
 """
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
 def test_head_goes_and_comes_back(cluster: Cluster, tmp_path: Path, sign: int) -> None:
     command = [sys.executable, "-c", HEAD, str(HERE.parent), str(HERE), str(tmp_path), "hold"]
     head = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -298,6 +298,7 @@ def test_forgotten_job_without_accounts(own: Cluster, tmp_path: Path) -> None:
     bench.wait()
     first, second = bench.attempts()
     assert first.reason.startswith("LOST")
+    assert bench.handle.notes == [f"pretrain@a: job {first.job}: {first.reason}; submitted again"]
     assert second.state == "finished"
 
 

@@ -72,9 +72,9 @@ def test_a_probe_that_would_wait_is_made_smaller(cluster: Cluster, check: Check)
     [
         ("[pretrain]\npartition = 'moon'", "pretrain.partition: 'moon' is unknown to the cluster; known: main"),
         ("[toy]\ntime = '2:00:00'", "toy.time: 2:00:00 is over the limit 01:00:00 of main; lower it"),
-        ("[all]\nnodes = 3", "pretrain.nodes: 3, and main has 2; lower it"),
+        ("[pretrain]\nnodes = 3", "pretrain.nodes: 3, and main has 2; lower it"),
         ("[all]\noptions = {moon = 3}", "pretrain.options.moon: sbatch has no such option"),
-        ("[all]\noptions = {constraint = 'moon'}", "pretrain.options.constraint: 'moon': Invalid feature"),
+        ("[all]\noptions = {constraint = 'sun'}", "pretrain.options.constraint: 'sun': Invalid feature specification"),
         ("[all]\noptions = {reservation = 'moon'}", "pretrain.options.reservation: 'moon': Requested reservation is"),
         ("[all]\noptions = {nodelist = 'n7'}", "pretrain.options.nodelist: 'n7': Invalid node name"),
         ("[all]\noptions = {gres = 'gpu:9'}", "pretrain.options.gres: 'gpu:9': Invalid generic resource (gres)"),
@@ -124,10 +124,10 @@ def test_the_command(cluster: Cluster, root: Path, tmp_path: Path) -> None:
     miniature = Miniature(root, tmp_path / "repo")
     (miniature.root / "launch").mkdir()
     for text, code, out, error in (
-        ("time = 30", 0, "accepted", ""),
-        ("nodes = 3", 2, "slurm on mir", "pretrain.nodes: 3, and main has 2; lower it"),
+        ("[all]\ntime = 30", 0, "accepted", ""),
+        ("[pretrain]\nnodes = 3", 2, "slurm on mir", "pretrain.nodes: 3, and main has 2; lower it"),
     ):
-        (miniature.root / "launch" / "here.toml").write_text(f"[all]\n{text}\n")
+        (miniature.root / "launch" / "here.toml").write_text(f"{text}\n")
         result = miniature.run("launch", "check", "here")
         assert result.returncode == code, result.stderr
         assert out in result.stdout

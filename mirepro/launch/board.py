@@ -72,6 +72,11 @@ class Board:
                     self._told.add((line.stage, line.job))
                     self._console.print(f"{line.stage} is job {line.job}", markup=False, soft_wrap=True)
 
+    def tell(self, note: str) -> None:
+        """Says something about a running stage, above the table."""
+        if not self._quiet:
+            self._console.print(note, markup=False, soft_wrap=True)
+
     def finish(self, name: str, seconds: float, good: bool) -> None:
         """Counts a finished stage and says so."""
         self._done += 1

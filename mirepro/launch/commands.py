@@ -12,13 +12,15 @@ import typer
 
 from mirepro import profiles
 from mirepro.errors import UserError
-from mirepro.launch.launcher import Launcher, create, label, logs_of, name
+from mirepro.launch.launcher import Launcher, label, logs_of, name
 from mirepro.launch.ledger import Attempt, Entry, Ledger, Status
-from mirepro.launch.scheduler import Unreachable
+from mirepro.launch.scheduler import Lost, Unreachable
 
 jobs_app = typer.Typer(no_args_is_help=True, help="List, follow, cancel and forget the jobs of stages.")
 launch_app = typer.Typer(no_args_is_help=True, help="Check a place to run stages.")
 
+BY_HAND = "cancelled by `mirepro jobs cancel`"
+CUT = "being submitted, or cut short there; the same command or `mirepro jobs cancel` finds the job, where there is one"
 Ids = Annotated[list[str], typer.Argument(help="job ids, stages, or beginnings of fingerprints")]
 
 
@@ -46,6 +48,8 @@ class Known:
     @property
     def _asked(self) -> Status:
         """What the scheduler says about the newest attempt."""
+        if self.attempt.state == "submitting":
+            return Status("unreachable", "SUBMITTING", detail=CUT)
         try:
             return self.launcher.scheduler.status(self.attempt, name(self.entry.stage, self.attempt))
         except (Unreachable, UserError) as error:
@@ -59,18 +63,25 @@ class Known:
 
 def known(root: Path) -> list[Known]:
     """All entries that ever had a job; launchers are shared per site."""
-    from mirepro import site, stages
-
     launchers: dict[str, Launcher] = {}
     found = []
     for entry in Ledger(root).entries():
         attempts = [*entry.past, *entry.attempts]
         if attempts:
             if entry.site not in launchers:
-                place = site.load(root, entry.site, stages.JOBS)
-                launchers[entry.site] = Launcher(root, place, create(place))
+                launchers[entry.site] = _launcher(root, entry.site)
             found.append(Known(entry, attempts[-1], launchers[entry.site]))
     return found
+
+
+def _launcher(root: Path, place: str) -> Launcher:
+    """A site's launcher; one that reaches nothing where the site's file is gone or wrong."""
+    from mirepro import site, stages
+
+    try:
+        return Launcher(root, site.load(root, place, stages.JOBS))
+    except UserError as error:
+        return Launcher(root, site.Site(place), Lost(str(error)))
 
 
 def select(root: Path, ids: list[str]) -> list[Known]:
@@ -148,19 +159,27 @@ def cancel(ids: Ids) -> None:
     for item in select(profiles.find_root(), ids):
         launcher, entry = item.launcher, item.entry
         with launcher.ledger.locked(entry.fingerprint) as current:
-            last = current.last
-            if last is None or not last.open:
-                print(f"{label(item.attempt.job)} {entry.stage}: was over")
-                continue
-            note = "cancelled"
-            try:
-                launcher.scheduler.cancel(last, name(entry.stage, last))
-            except (UserError, Unreachable) as error:
-                note = f"given up, not stopped ({error})"
-            current.change(state="cancelled", reason="cancelled by `mirepro jobs cancel`")
-            current.stopped = "cancelled by `mirepro jobs cancel`"
-            launcher.ledger.save(current)
-        print(f"{label(last.job)} {entry.stage}: {note}")
+            over = f"{label(item.attempt.job)} {entry.stage}: was over".lstrip()
+            print(_cancel(launcher, current) or over)
+
+
+def _cancel(launcher: Launcher, entry: Entry) -> str:
+    """Stops the newest job of an entry and says so; empty where it was over."""
+    try:
+        launcher.adopt(entry)
+    except (UserError, Unreachable) as error:
+        return f"{entry.stage}: not cancelled, whether its submission came to a job is not known ({error}); try again"
+    last, note = entry.last, "cancelled"
+    if last is None or not last.open:
+        return ""
+    try:
+        launcher.scheduler.cancel(last, name(entry.stage, last))
+    except (UserError, Unreachable) as error:
+        note = f"given up, not stopped ({error})"
+    entry.change(state="cancelled", reason=BY_HAND)
+    entry.stopped = BY_HAND
+    launcher.ledger.save(entry)
+    return f"{label(last.job)} {entry.stage}: {note}"
 
 
 @jobs_app.command()

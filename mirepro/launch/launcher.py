@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from mirepro.launch.slurm import Slurm
 from mirepro.launch.task import Task, stamp
 from mirepro.site import Site
 
+POLITE = (signal.SIGTERM, signal.SIGHUP)
+"""What ends a command like Ctrl-C: a kill, and the end of its terminal or connection."""
 FASTEST = 0.25  # seconds between the first looks
 TAIL = 20  # lines of a traceback or a log below a message
 ALONE = re.compile(r"rank \d+: lost the other ranks")  # see `mirepro.ranks`
@@ -84,17 +87,37 @@ class Launcher:
                 self.ledger.save(entry)
         return Handle(self, ticket)
 
+    def adopt(self, entry: Entry) -> None:
+        """Finds the job of an attempt whose submission was cut short, or drops the attempt; call it in `locked`.
+
+        Raises:
+            Unreachable: The scheduler does not answer.
+            UserError: It cannot be asked.
+        """
+        last = entry.last
+        if last is None or last.state != "submitting":
+            return
+        folder = self.root / last.folder
+        job = self.scheduler.find(name(entry.stage, last), folder)
+        if job is None:
+            entry.attempts.pop()
+        else:
+            pickled(folder, job)
+            entry.change(state="submitted", job=job, cluster=self.scheduler.cluster())
+        self.ledger.save(entry)
+
     def run(self, ticket: Ticket) -> None:
-        """Launches a computation and waits for its result.
+        """Launches a computation and waits for its result; says on stderr where it runs and why it runs again.
 
         Raises:
             JobFailed: It failed for good.
             Detached: Ctrl-C; the job goes on.
         """
         handle = self.start(ticket)
-        pause = FASTEST
+        pause, told = FASTEST, set[str]()
         try:
             while not handle.poll():
+                _tell(handle, told)
                 time.sleep(pause)
                 pause = min(1.5 * pause, self.site.poll)
         except KeyboardInterrupt as interrupt:
@@ -115,13 +138,22 @@ def farewell(handles: list["Handle"]) -> str:
     return f"detached; {named}; rerun to re-attach, `mirepro jobs cancel {' '.join(jobs)}` to stop"
 
 
+def _tell(handle: "Handle", told: set[str]) -> None:
+    """Prints what is new about a launched computation."""
+    where = [f"{handle.ticket.stage} is job {handle.label}"] if handle.label else []
+    for line in [*handle.notes, *where]:
+        if line not in told:
+            told.add(line)
+            print(line, file=sys.stderr, flush=True)
+
+
 class Handle:
     """A launched computation, looked at from time to time.
 
     Attributes:
         status: What the scheduler said last.
         job: The scheduler's id of the newest attempt.
-        notes: What happened since the start, in the order of events.
+        notes: Why it was submitted again, in the order of events; each names the job that ended.
     """
 
     def __init__(self, launcher: Launcher, ticket: Ticket) -> None:
@@ -150,7 +182,11 @@ class Handle:
         """
         ledger, ticket = self._launcher.ledger, self.ticket
         with ledger.locked(ticket.fingerprint, ticket.stage, self._launcher.site.name) as entry:
-            self._adopt(entry)
+            try:
+                self._launcher.adopt(entry)
+            except Unreachable as error:
+                self.status = Status("unreachable", detail=str(error))
+            self._show(entry)
             if entry.stopped:
                 raise JobFailed(self._complaint(entry.stopped))
             if entry.last is not None and entry.last.state == "finished":
@@ -165,24 +201,6 @@ class Handle:
         if decision.act == "stop":
             raise JobFailed(self._complaint(decision.reason))
         return decision.act == "collect"
-
-    def _adopt(self, entry: Entry) -> None:
-        """Finds the job of an attempt whose submission was cut short, or drops the attempt."""
-        last = entry.last
-        if last is not None and last.state == "submitting":
-            scheduler, folder = self._launcher.scheduler, self._launcher.root / last.folder
-            try:
-                job = scheduler.find(name(entry.stage, last), folder)
-            except Unreachable as error:
-                self.status = Status("unreachable", detail=str(error))
-                return
-            if job is None:
-                entry.attempts.pop()
-            else:
-                pickled(folder, job)
-                entry.change(state="submitted", job=job, cluster=scheduler.cluster())
-            self._launcher.ledger.save(entry)
-        self._show(entry)
 
     def _show(self, entry: Entry) -> None:
         last = entry.last
@@ -265,7 +283,7 @@ class Handle:
 
 @contextmanager
 def uninterrupted(children: bool = True) -> Iterator[None]:
-    """Holds Ctrl-C and a polite kill back until the end, from child processes too: a submission ends in the ledger.
+    """Holds Ctrl-C and what is `POLITE` back until the end, from children too: a submission ends in the ledger.
 
     The mask is what children inherit; the handlers hold back what another thread of this process receives meanwhile
     (they are the main thread's, the only one that Python interrupts).
@@ -274,7 +292,7 @@ def uninterrupted(children: bool = True) -> Iterator[None]:
         children: Whether child processes inherit the mask; those that start a stage may not, for they outlast it.
     """
     held: list[int] = []
-    polite = (signal.SIGINT, signal.SIGTERM)
+    polite = (signal.SIGINT, *POLITE)
     handled = polite if threading.current_thread() is threading.main_thread() else ()
     handlers = {number: signal.signal(number, lambda number, _: held.append(number)) for number in handled}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, polite if children else ())

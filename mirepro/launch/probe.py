@@ -118,8 +118,8 @@ class Check:
         return inquiry.start(scheduler, request, self.kinds[0])
 
     def _tasks(self, section: Section) -> int:
-        """All ranks; jobs of this machine have one node."""
-        return section.tasks * (section.nodes if self.place.executor == "slurm" else 1)
+        """All ranks."""
+        return section.tasks * section.nodes
 
     def _submit(self, section: Section) -> str:
         """Submits a probe, waits for its end, and says where it ran."""

@@ -17,6 +17,7 @@ class Remote:
 
     Attributes:
         handle: The launched computation.
+        news: Notes of it that nobody has shown yet.
         pid: None: it has no process here.
     """
 
@@ -27,6 +28,7 @@ class Remote:
         self._slowest, self._pause, self._next, self._glance = slowest, FASTEST, 0.0, 0.0
         self._code: int | None = None
         self._told = 0
+        self.news: list[str] = []
 
     @property
     def progress(self) -> Path:
@@ -58,6 +60,7 @@ class Remote:
             self._write(str(error))
         for note in self.handle.notes[self._told :]:
             self._write(note)
+            self.news.append(note)
         self._told = len(self.handle.notes)
 
     def _write(self, text: str) -> None:

@@ -116,6 +116,37 @@ class Local:
                 time.sleep(0.05)
 
 
+class Lost:
+    """Stands for the scheduler of a site whose file cannot be read: every question gets the reason.
+
+    Args:
+        reason: What is wrong with the file.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def cluster(self) -> str:
+        """See `Scheduler`, as for all others."""
+        raise Unreachable(self._reason)
+
+    def submit(self, request: Request) -> str:
+        """Not possible."""
+        raise Unreachable(self._reason)
+
+    def find(self, name: str, folder: Path) -> str | None:
+        """Not known."""
+        raise Unreachable(self._reason)
+
+    def status(self, attempt: Attempt, name: str) -> Status:
+        """Not known."""
+        raise Unreachable(self._reason)
+
+    def cancel(self, attempt: Attempt, name: str) -> None:
+        """Not possible."""
+        raise Unreachable(self._reason)
+
+
 def _identity(pid: int) -> str:
     """Process number and start time; "PID.0" for a process that is gone."""
     try:

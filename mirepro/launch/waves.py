@@ -18,7 +18,7 @@ from mirepro.execution import KEEP
 from mirepro.launch.board import Board
 from mirepro.launch.collector import Parent
 from mirepro.launch.dvc import mend
-from mirepro.launch.launcher import Detached, farewell, uninterrupted
+from mirepro.launch.launcher import POLITE, Detached, farewell, uninterrupted
 from mirepro.launch.nursery import Nursery
 from mirepro.launch.plan import Pipeline, Plan, is_code
 from mirepro.launch.remote import Dispatch, Remote
@@ -206,6 +206,9 @@ class Wave:
 
     def _end(self) -> None:
         """Takes leave of the stages that ended; a failure takes along what needs it, or all that waits."""
+        for worker in [item.worker for item in self._running if isinstance(item.worker, Remote)]:
+            while worker.news:
+                self._board.tell(worker.news.pop(0))
         for item, code in [(item, code) for item in self._running if (code := item.poll()) is not None]:
             self._running.remove(item)
             self._board.finish(item.name, item.seconds, code == 0)
@@ -297,13 +300,17 @@ def alone(root: Path) -> Iterator[int]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """A polite kill ends like Ctrl-C, so that no stage is left behind."""
+    """A polite kill and a log-out end like Ctrl-C, so that no stage is left behind; `nohup` may ignore the latter."""
 
     def interrupt(number: int, frame: object) -> None:
+        if number == signal.SIGHUP:  # shell and kernel both send it, and the second one must not disturb the end
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    heeded = [number for number in POLITE if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heeded}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,95 @@
+"""The commands about jobs where something is missing: the scheduler's answer, or the site's file."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_ledger import Fake, Killed, make
+from typer.testing import CliRunner
+
+from mirepro.launch import commands
+from mirepro.launch.launcher import Launcher
+from mirepro.launch.ledger import Attempt, Ledger
+from mirepro.launch.scheduler import Local
+
+Jobs = Callable[..., str]
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
+    """What `mirepro jobs` prints in the test's folder."""
+    monkeypatch.setattr(commands.profiles, "find_root", lambda: tmp_path)
+    return lambda *words: CliRunner().invoke(commands.jobs_app, words, catch_exceptions=False).stdout
+
+
+def cut_short(root: Path, monkeypatch: pytest.MonkeyPatch, crash: str) -> Fake:
+    """A scheduler whose head was killed in the middle of a submission."""
+    fake = Fake()
+    launcher, ticket = make(root, fake)
+    monkeypatch.setattr(commands, "_launcher", lambda *_: launcher)
+    fake.crash = crash
+    with pytest.raises(Killed):
+        launcher.start(ticket).poll()
+    return fake
+
+
+def test_cancel_finds_the_job_of_a_submission_that_was_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: Jobs
+) -> None:
+    fake = cut_short(tmp_path, monkeypatch, "after")
+    assert "SUBMITTING" in jobs("list")
+    assert jobs("prune", "--days", "0") == "0 entries removed\n"
+    fake.answers = False
+    assert "pretrain@a: not cancelled, " in jobs("cancel", "pretrain@a")
+    assert len(fake.alive()) == 1
+    fake.answers = True
+    assert jobs("cancel", "pretrain@a") == "1 pretrain@a: cancelled\n"
+    assert not fake.alive()
+    assert "cancelled by `mirepro jobs cancel`" in jobs("list")
+
+
+def test_cancel_of_a_submission_that_came_to_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: Jobs
+) -> None:
+    fake = cut_short(tmp_path, monkeypatch, "before")
+    assert jobs("cancel", "pretrain@a") == "pretrain@a: was over\n"
+    assert not fake.jobs
+
+
+def test_control_a_cancel_that_does_not_look_leaves_an_orphan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: Jobs
+) -> None:
+    fake = cut_short(tmp_path, monkeypatch, "after")
+    monkeypatch.setattr(Launcher, "adopt", lambda *_: None)
+    assert "cancelled" in jobs("cancel", "pretrain@a")
+    assert len(fake.alive()) == 1
+
+
+def write(root: Path, stage: str, site: str, attempt: Attempt) -> None:
+    """An entry of the ledger; its fingerprint is the stage's name."""
+    ledger = Ledger(root)
+    with ledger.locked(stage, stage, site) as entry:
+        entry.attempts.append(attempt)
+        ledger.save(entry)
+
+
+def test_a_site_without_a_right_file_hides_no_other_jobs(tmp_path: Path, jobs: Jobs) -> None:
+    """Control: of a site with one the scheduler knows the job's end."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "bad.toml").write_text("pol = 3\n")
+    here = Local().cluster()
+    for stage, site in (("renamed", "moon"), ("broken", "bad"), ("right", "local")):
+        write(tmp_path, stage, site, Attempt("t", stage, "submitted", here, f"{2**22}.1", 1.0))
+    write(tmp_path, "begun", "local", Attempt("t", "begun", "submitting", here, "", 1.0))
+    stages = ("renamed", "broken", "right", "begun")
+    lines = {stage: next(line for line in jobs("list").splitlines() if f" {stage} " in line) for stage in stages}
+    assert "UNREACHABLE" in lines["renamed"]
+    assert lines["renamed"].endswith("known: inline, slurm, local, bad")
+    assert "UNREACHABLE" in lines["broken"]
+    assert "pol: unknown key; did you mean 'poll'?" in lines["broken"]
+    assert "ABSENT" in lines["right"]
+    assert "SUBMITTING" in lines["begun"]
+    assert jobs("prune", "--days", "0") == "1 entries removed\n"
+    assert {entry.stage for entry in Ledger(tmp_path).entries()} == {"renamed", "broken", "begun"}
+    assert "renamed: given up, not stopped (MIREPRO_LAUNCH: 'moon': no file" in jobs("cancel", "renamed")
+    assert jobs("prune", "--days", "0") == "1 entries removed\n"
