@@ -1,6 +1,6 @@
 """Whether the detection recipe learns on real input: trains on a few images, scores those same and held-out ones.
 
-`mirepro data import coco PATH`, then `python -m benchmarks.overfit data/coco runs/desk/pretrain/ir-s0
+`mirepro data import coco_mini PATH`, then `python -m benchmarks.overfit data/coco_mini runs/desk/pretrain/ir-s0
 runs/desk/pretrain/random-s0 --out benchmarks/results/overfit.json`. High numbers on the images that were trained on
 prove that the recipe fits, nothing more; the held-out numbers beside them say what so few images teach. With `--all`
 all images of train and val are learnt from, with crowds and with any number of objects: work for a GPU.
