@@ -1,6 +1,7 @@
 """The full-scale profile: all rows and tables, refusal without data, and its stages on a miniature ImageNet."""
 
 import dataclasses
+import hashlib
 import io
 import os
 import shutil
@@ -122,7 +123,8 @@ def import_miniature(base: Path) -> None:
                 own = f"{name}_{i}" if part == "train" else f"ILSVRC2012_val_{8 * c + i + 1:08d}"
                 (base / "source" / part / name / f"{own}.JPEG").write_bytes(picture(c, i + 1000 * (part == "val")))
     with pytest.MonkeyPatch.context() as patch:
-        for key, value in {"CLASSES": 3, "COUNTS": {"train": 90, "val": 24}, "VAL": 5,
+        synsets = hashlib.sha256("\n".join(NAMES).encode()).hexdigest()
+        for key, value in {"CLASSES": 3, "SYNSETS": synsets, "COUNTS": {"train": 90, "val": 24}, "VAL": 5,
                            "PER_CLASS": {"train": (30, 30), "val": (8, 8)}}.items():  # fmt: skip
             patch.setattr(imagenet, key, value)
         imagenet.import_imagenet(base / "source", base / "data" / "imagenet", side=40)

@@ -69,7 +69,8 @@ def test_other_columns_places_and_papers_are_refused(tmp_path: Path) -> None:
 
 OWN_DATA = ("desk", "coco_cpu")
 """Profiles of data that no paper has numbers of."""
-METHODS = {"ir", "ball", "la", "cmc", "cmc_ball", "ring", "cave", "cmc_ring", "moco", "moco_ring", "random", "supervised"}
+METHODS = {"ir", "ball", "la", "cmc", "cmc_ball", "ring", "cave", "cmc_ring", "moco", "moco_ring", "random",
+           "supervised"}  # fmt: skip
 """Rows of T1 that the papers may print; the others are this project's own."""
 
 
