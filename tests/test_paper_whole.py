@@ -125,7 +125,7 @@ def paper(checkout: Checkout, tmp_path: Path, devkit: Path, source: Path) -> Che
     """The full profile on miniatures of its four data sets, each through its own reader."""
     base = checkout.root
     test_paper.import_miniature(base)
-    coco.import_coco(people(tmp_path / "coco"), base / "data/coco")
+    coco.import_mini(people(tmp_path / "coco"), base / "data/coco")
     content = json.loads((source / lvis.FILES["train"]).read_text())
     content["annotations"] = [{**content["annotations"][0], "id": 7 + i, "image_id": 1 + i} for i in range(3)]
     (source / lvis.FILES["train"]).write_text(json.dumps(content))
