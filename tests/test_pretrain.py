@@ -341,10 +341,25 @@ def global_uniform(keyed, seed, stream, epoch, index, width):
 
 
 def test_pretraining_never_opens_the_test_split(data, tmp_path, monkeypatch):
-    opened, original = [], shards.open
+    opened, original, chosen = [], shards.open, pretrain.opened
     monkeypatch.setattr(shards, "open", lambda folder, split: opened.append(split) or original(folder, split))
-    train(run(), data, tmp_path)
+    train(run(epochs=1), data, tmp_path / "honest")
     assert sorted(set(opened)) == ["train", "val"]
+    monkeypatch.setattr(pretrain, "opened", lambda *call: shards.open(call[1], "test") and chosen(*call))  # control
+    train(run(epochs=1), data, tmp_path / "planted")
+    assert "test" in opened
+
+
+def test_what_pretraining_learns_does_not_depend_on_the_test_split(whole, data, tmp_path, monkeypatch):
+    """Without shards of test, however they might be read; the control monitors on them."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    for path in copy.glob("shards/test*"):
+        path.unlink()
+    assert bytes_of(train(run(), copy, tmp_path / "honest")) == bytes_of(whole)
+    original = shards.open
+    monkeypatch.setattr(shards, "open", lambda folder, split: original(folder, {"val": "test"}.get(split, split)))
+    with pytest.raises(UserError, match="test"):
+        train(run(), copy, tmp_path / "planted")
 
 
 @pytest.mark.parametrize(
