@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from mirepro import (
@@ -495,9 +496,45 @@ def test_a_run_prints_the_cap_of_an_oversampled_region_and_records_it(k, warned,
     assert capsys.readouterr().err == (said if warned else "")
 
 
-def test_mixed_precision_is_a_parameter(whole, data, tmp_path):
-    full, half = whole, train(run(precision="bfloat16"), data, tmp_path / "half")
-    assert bytes_of(full)["encoder.safetensors"] != bytes_of(half)["encoder.safetensors"]
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_mixed_precision_is_a_parameter(kind, whole, data, tmp_path):
+    half = train(run(precision=kind), data, tmp_path / kind)
+    written = bytes_of(half)["encoder.safetensors"]
+    assert written != bytes_of(whole)["encoder.safetensors"]
+    assert all(torch.isfinite(weight).all() for weight in safetensors.torch.load(written).values())
+    losses = [json.loads(line)["loss"] for line in (half / "history.jsonl").read_text().splitlines()]
+    assert len(losses) == SMALL.epochs
+    assert np.isfinite(losses).all()
+
+
+def first_gradient(kind, data, scale):
+    """The weights' gradient of a run's first step, where those of the embeddings are `scale` times theirs."""
+    trainer = pretrain.Trainer(run(precision=kind), shards.open(data, "train"), shards.open(data, "val"))
+    backward = trainer._backward
+
+    def scaled(parts, z):
+        for value in z.values():
+            value.grad *= scale
+        backward(parts, z)
+
+    trainer._backward = scaled
+    trainer.begin(0)
+    trainer.train_step(trainer.batches(0)[0])
+    return torch.cat([weight.grad.double().flatten() for weight in trainer.weights]) / scale
+
+
+def test_gradients_of_float16_have_room_below_without_a_scaler(data):
+    """No scaler lifts them over float16's smallest number; a ten-thousandth of a batch's would still be there."""
+    right = first_gradient("float32", data, 1.0)
+
+    def error(kind, scale):
+        return float((first_gradient(kind, data, scale) - right).norm() / right.norm())
+
+    usual = error("float16", 1.0)
+    assert 0 < usual < 0.2
+    assert error("float16", 1e-4) == pytest.approx(usual, abs=0.01)
+    assert error("float16", 1e-9) > 0.9  # control: gone
+    assert error("bfloat16", 1e-9) < 0.2  # which has float32's range
 
 
 def test_a_diverging_run_says_so(data, tmp_path):
