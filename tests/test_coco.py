@@ -26,7 +26,8 @@ def annotation(number, image, category, box, segmentation=None):
 
 
 @pytest.fixture
-def source(tmp_path):
+def source(tmp_path, monkeypatch):
+    monkeypatch.setattr(coco, "COUNTS", {"train2017": 3, "val2017": 3})
     root = tmp_path / "coco"
     (root / "annotations").mkdir(parents=True)
     for first, name in ((1, "train2017"), (11, "val2017")):
@@ -91,6 +92,15 @@ def test_scaling(source, tmp_path):
     assert one["bbox"] == pytest.approx([7.5, 12, 30, 24])
     assert one["area"] == pytest.approx(720)
     assert one["keypoints"][:3] == pytest.approx([12, 18, 2])
+
+
+@pytest.mark.parametrize("name", ["train2017", "val2017"])
+def test_a_part_of_coco_is_not_coco(source, tmp_path, name):
+    """The last image has no annotation, so that nothing else shows that it is missing."""
+    edited(source, lambda c: c["images"].pop(), name=name)
+    refused(source, tmp_path / "out", rf"instances_{name}\.json: 2 images, not 3; .* as coco_mini")
+    counts = coco.import_mini(source, tmp_path / "out")  # control: nothing else is wrong with it
+    assert sum(one["images"] for one in counts.values()) == 5
 
 
 def test_a_tar_gives_the_same_shards(source, tmp_path):

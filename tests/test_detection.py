@@ -314,6 +314,16 @@ def test_stage_writes_all_cells_and_reads_test_last(
     assert (shown["size"], len(shown["images"])) == (SIZE, 8)
 
 
+def test_an_early_look_at_test_is_seen(
+    pretrained: Path, scenes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of the order above: rates that are chosen on test."""
+    opener = detection.shards.open
+    monkeypatch.setattr(detection.shards, "open", lambda path, split: opener(path, {"val": "test"}.get(split, split)))
+    _run("mask", pretrained, scenes_folder, tmp_path / "out")
+    assert detection.shards.opened == ["train", "test", "test"]  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("model", ["mask", "keypoint"])
 def test_stage_takes_images_without_objects_in_every_split(
     model: str, pretrained: Path, scenes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

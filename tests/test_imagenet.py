@@ -1,5 +1,6 @@
 """ImageNet import: folders and the nested tars, parallel and resumed, give the same shards; damage is one line."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -14,12 +15,14 @@ from mirepro.data import imagenet, packing, shards
 from mirepro.errors import UserError
 
 NAMES = ["n01440764", "n02000000", "n15075141"]
+SYNSETS = imagenet.SYNSETS
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Three classes: four training images (one of them for validation) and two test images each."""
     monkeypatch.setattr(imagenet, "CLASSES", 3)
+    monkeypatch.setattr(imagenet, "SYNSETS", hashlib.sha256("\n".join(NAMES).encode()).hexdigest())
     monkeypatch.setattr(imagenet, "COUNTS", {"train": 12, "val": 6})
     monkeypatch.setattr(imagenet, "PER_CLASS", {"train": (4, 4), "val": (2, 2)})
     monkeypatch.setattr(imagenet, "VAL", 1)
@@ -210,6 +213,20 @@ def test_wrong_total_and_wrong_classes(folders, tmp_path, monkeypatch):
     monkeypatch.setitem(imagenet.COUNTS, "train", 12)
     (folders / "train" / NAMES[0]).rename(folders / "train" / "n01440763")
     refused(folders, tmp_path / "out", r"\(n01440763 to n15075141\), not 3 \(n01440764 to n15075141\)")
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_foreign_class_between_the_first_and_the_last(folders, tmp_path, part):
+    (folders / part / NAMES[1]).rename(folders / part / "n02000001")
+    for path in (folders / part / "n02000001").glob(f"{NAMES[1]}_*"):
+        path.rename(path.with_name(path.name.replace(NAMES[1], "n02000001")))
+    refused(folders, tmp_path / "out", f"{part}: the 3 WordNet ids are not those of ILSVRC 2012 .*; fetch the data")
+
+
+def test_three_classes_are_not_imagenet(folders, tmp_path, monkeypatch):
+    """Control of the fixture: it is what lets a miniature through."""
+    monkeypatch.setattr(imagenet, "SYNSETS", SYNSETS)
+    refused(folders, tmp_path / "out", "not 385e02404994")
 
 
 def test_unknown_layout(tmp_path):

@@ -14,7 +14,7 @@ from mirepro.bank import MemoryBank
 from mirepro.errors import UserError
 from mirepro.objectives.base import Objective, Step
 from mirepro.params import EncoderParams
-from tests.contrasts import B, D, N, ready, setting, terms, unit
+from tests.contrasts import B, D, N, enumerated, ready, setting, terms, unit
 
 SOURCE = re.compile(r"\[[^]]*\b(paper|code|derived|measured|unverified)\b[^]]*\]")
 
@@ -50,6 +50,25 @@ def test_estimates_stay_below_their_cap(name):
     for t in terms(objective, perfect, banks, index):
         assert float(t.estimate.max()) <= objective.cap(N) + 1e-5
     assert objective.cap(N) == pytest.approx(math.log(17))
+
+
+@pytest.mark.parametrize("name", ["ir", "ball", "cmc", "cmc_ball"])
+@pytest.mark.parametrize("k", [300, 4000])
+def test_more_terms_than_rows_are_capped_by_the_rows(name, k):
+    """Of the enumerated form: draws that happen to miss the own row can take an anchor beyond log N, up to log k.
+
+    Rings have no own row among theirs, so that nothing but log k bounds their estimates.
+    """
+    objective = objectives.create(name, {"k": k})
+    _, banks, index = setting(objective.modalities)
+    perfect = {m: banks[o].rows[index] for (m, o) in objective.pairs()}
+    objective = ready(name, banks, k=k, tau=0.01)
+    assert objective.cap(N) <= math.log(N) < math.log(k)
+    for q in objective.queries(perfect, banks, index, Step(0, 9, 10)):
+        estimate = -enumerated(objective, q)
+        assert float(estimate.max()) <= objective.cap(N) + 1e-4
+        assert float(estimate.max()) > objective.cap(N // 2)  # control: the cap of half the rows is too low
+        assert float(objective.terms(q).estimate.max()) <= math.log(k) + 1e-5
 
 
 def test_caps():

@@ -1,6 +1,7 @@
 """The full-scale profile: all rows and tables, refusal without data, and its stages on a miniature ImageNet."""
 
 import dataclasses
+import hashlib
 import io
 import os
 import shutil
@@ -31,7 +32,7 @@ SMALL = {
                  "linear": {"iterations": 20, "author_epochs": 1, "author_batch": 32, "l2": [1.0, 10.0]}},
 }  # fmt: skip
 """What the miniature shrinks; rows, objectives and stages stay the profile's own."""
-OPTIONS = {"k": 8, "queue": 40, "n_clusters": 6, "n_clusterings": 2, "classes": 3, "outer": 0.5}
+OPTIONS: dict[str, Any] = {"k": 8, "queue": 40, "n_clusters": 6, "n_clusterings": 2, "classes": 3, "outer": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -122,22 +123,24 @@ def import_miniature(base: Path) -> None:
                 own = f"{name}_{i}" if part == "train" else f"ILSVRC2012_val_{8 * c + i + 1:08d}"
                 (base / "source" / part / name / f"{own}.JPEG").write_bytes(picture(c, i + 1000 * (part == "val")))
     with pytest.MonkeyPatch.context() as patch:
-        for key, value in {"CLASSES": 3, "COUNTS": {"train": 90, "val": 24}, "VAL": 5,
+        synsets = hashlib.sha256("\n".join(NAMES).encode()).hexdigest()
+        for key, value in {"CLASSES": 3, "SYNSETS": synsets, "COUNTS": {"train": 90, "val": 24}, "VAL": 5,
                            "PER_CLASS": {"train": (30, 30), "val": (8, 8)}}.items():  # fmt: skip
             patch.setattr(imagenet, key, value)
         imagenet.import_imagenet(base / "source", base / "data" / "imagenet", side=40)
 
 
-def write_profile(base: Path, values: dict[str, Any]) -> profiles.Profile:
+def write_profile(base: Path, values: dict[str, Any], classes: int = OPTIONS["classes"]) -> profiles.Profile:
     """The profile with these values in `base`; options and encoders of its rows shrink, too."""
+    name, options = values["profile"], OPTIONS | {"classes": classes}
     for row in values["rows"].values():
-        row["options"] = {k: OPTIONS.get(k, v) for k, v in row.get("options", {}).items()}
+        row["options"] = {k: options.get(k, v) for k, v in row.get("options", {}).items()}
         (row.get("pretrain") or {}).pop("encoder", None)
-    (base / "profiles/imagenet").mkdir(parents=True, exist_ok=True)
-    (base / "profiles/imagenet/params.yaml").write_text(yaml.safe_dump(values))
-    small = profiles.load(base, "imagenet")
+    (base / "profiles" / name).mkdir(parents=True, exist_ok=True)
+    (base / "profiles" / name / "params.yaml").write_text(yaml.safe_dump(values))
+    small = profiles.load(base, name)
     small.check()
-    codelocks.write(base, "imagenet", objectives.names())
+    codelocks.write(base, name, objectives.names())
     return small
 
 

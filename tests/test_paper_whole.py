@@ -15,13 +15,14 @@ from dvc.repo import Repo
 from PIL import Image
 
 from mirepro import codelocks, files, objectives, params, profiles
-from mirepro.data import coco, lvis, voc
+from mirepro.data import catalogue, coco, lvis, stl10, voc
 from tests import test_paper
 from tests.test_coco import CATEGORIES, POINTS, annotation, write
+from tests.test_small_sets import cifar, small, stl
 from tests.test_voc_lvis import devkit, source
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc")]
-__all__ = ["devkit", "source"]
+__all__ = ["cifar", "devkit", "small", "source", "stl"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("random-s0", "ir-s0", "ball_u05-s0", "cmc_ring-s0", "moco_ring-s0", "view_none-s0")
@@ -107,14 +108,14 @@ def people(base: Path) -> Path:
     return base
 
 
-def reduced(values: dict[str, Any]) -> dict[str, Any]:
-    """The profile with `RUNS` and `DETECT` alone; tables lose the rows that have no run left."""
-    merged = profiles.merge(profiles.merge(values, test_paper.SMALL), SMALL)
-    for key, kept in (("runs", RUNS), ("detect_runs", DETECT)):
-        merged[key] = {name: merged[key][name] for name in kept}
+def reduced(values: dict[str, Any], small: dict[str, Any], kept: tuple[str, ...] = RUNS) -> dict[str, Any]:
+    """The profile with the runs `kept` (and those of `DETECT` that it has) alone, and tables without empty rows."""
+    merged = profiles.merge(profiles.merge(values, test_paper.SMALL), small)
+    merged["runs"] = {name: merged["runs"][name] for name in kept}
+    merged["detect_runs"] = {name: merged["detect_runs"][name] for name in DETECT if name in merged["detect_runs"]}
     for name, table in merged["tables"].items():
         if name != "data":
-            rows = {label: [run for run in runs if run in RUNS] for label, runs in table["rows"].items()}
+            rows = {label: [run for run in runs if run in kept] for label, runs in table["rows"].items()}
             table["rows"] = {label: runs for label, runs in rows.items() if runs and (name in ("T1", "T6", "T7") or
                                                                                       runs == ["ir-s0"])}  # fmt: skip
     return merged
@@ -125,13 +126,13 @@ def paper(checkout: Checkout, tmp_path: Path, devkit: Path, source: Path) -> Che
     """The full profile on miniatures of its four data sets, each through its own reader."""
     base = checkout.root
     test_paper.import_miniature(base)
-    coco.import_coco(people(tmp_path / "coco"), base / "data/coco")
+    coco.import_mini(people(tmp_path / "coco"), base / "data/coco")
     content = json.loads((source / lvis.FILES["train"]).read_text())
     content["annotations"] = [{**content["annotations"][0], "id": 7 + i, "image_id": 1 + i} for i in range(3)]
     (source / lvis.FILES["train"]).write_text(json.dumps(content))
     lvis.import_lvis(source, base / "data/lvis")
     voc.import_voc(devkit, base / "data/voc")
-    test_paper.write_profile(base, reduced(params.read_yaml(base / "profiles/imagenet/params.yaml")))
+    test_paper.write_profile(base, reduced(params.read_yaml(base / "profiles/imagenet/params.yaml"), SMALL))
     return checkout
 
 
@@ -149,14 +150,45 @@ def test_the_full_profile_from_data_to_report_and_its_lock(paper: Checkout) -> N
     assert "keypoint_AP_tuned" in cells
     page = (root / "reports/imagenet/index.html").read_text()
     assert all(run.removesuffix("-s0") in page for run in ("ir-s0", "cmc_ring-s0", "moco_ring-s0"))
-    ran = paper.run("dvc", "repro", "profiles/imagenet/dvc.yaml")
+    lock_holds(paper, "imagenet")
+
+
+def lock_holds(checkout: Checkout, name: str) -> None:
+    """Nothing is computed twice, here and in a clone of the results; the control is another toy."""
+    ran = checkout.run("dvc", "repro", f"profiles/{name}/dvc.yaml")
     assert [line for line in ran.splitlines() if line.startswith("Running")] == [
-        "Running stage 'profiles/imagenet/dvc.yaml:code':"
+        f"Running stage 'profiles/{name}/dvc.yaml:code':"
     ]
-    paper.forget()
-    assert paper.dry("imagenet") == ["code"]
-    paper.edit("imagenet", toy=SMALL["toy"] | {"seed": 1})  # control
-    assert "toy" in paper.dry("imagenet")
+    checkout.forget()
+    assert checkout.dry(name) == ["code"]
+    checkout.edit(name, toy=SMALL["toy"] | {"seed": 1})
+    assert "toy" in checkout.dry(name)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["stl10", "cifar100"])
+def test_a_small_set_from_import_to_report_and_its_lock(
+    checkout: Checkout, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Pixels are noise: what the stages take from the importers counts here, not what they learn."""
+    root, runs = checkout.root, ("random-s0", "supervised-s0", "ring-s0")
+    monkeypatch.setattr(stl10, "COUNTS", {"train": 60, "test": 20, "unlabeled": 80})
+    source = request.getfixturevalue({"stl10": "stl", "cifar100": "cifar"}[name])
+    catalogue.load(name, source, root / "data" / name, None, 1)
+    sizes = {"datasets": [name], "toy": SMALL["toy"], "pretrain": {"monitor": 0, "epochs": 1}}
+    values = reduced(params.read_yaml(root / f"profiles/{name}/params.yaml"), sizes, runs)
+    test_paper.write_profile(root, values, {"stl10": 10, "cifar100": 100}[name])
+    checkout.run("mirepro", "repro", "--profile", name, "--jobs", "2")
+    locked = yaml.safe_load((root / f"profiles/{name}/dvc.lock").read_text())["stages"]
+    stages = {f"{kind}@{run}" for kind in ("pretrain", "evaluate") for run in runs} | {f"data@{name}"}
+    assert set(locked) == stages | {"code", "controls", "toy", "tables", "report"}
+    seen = {run: files.read_json(root / f"metrics/{name}/pretrain/{run}.json")["cells"]["images_seen"] for run in runs}
+    learnt = {"stl10": (64, 32), "cifar100": (192, 192)}[name]  # whole batches: of 80 without labels; of 50 or 200
+    assert [seen[run]["value"] for run in runs] == [0, learnt[1], learnt[0]]
+    assert list(files.read_json(root / f"tables/{name}/T1.json")["rows"][0]["cells"])
+    page = (root / f"reports/{name}/index.html").read_text()
+    assert all(run.removesuffix("-s0") in page for run in runs)
+    lock_holds(checkout, name)
 
 
 @pytest.mark.timeout(1800)

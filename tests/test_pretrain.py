@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from mirepro import (
@@ -341,10 +342,25 @@ def global_uniform(keyed, seed, stream, epoch, index, width):
 
 
 def test_pretraining_never_opens_the_test_split(data, tmp_path, monkeypatch):
-    opened, original = [], shards.open
+    opened, original, chosen = [], shards.open, pretrain.opened
     monkeypatch.setattr(shards, "open", lambda folder, split: opened.append(split) or original(folder, split))
-    train(run(), data, tmp_path)
+    train(run(epochs=1), data, tmp_path / "honest")
     assert sorted(set(opened)) == ["train", "val"]
+    monkeypatch.setattr(pretrain, "opened", lambda *call: shards.open(call[1], "test") and chosen(*call))  # control
+    train(run(epochs=1), data, tmp_path / "planted")
+    assert "test" in opened
+
+
+def test_what_pretraining_learns_does_not_depend_on_the_test_split(whole, data, tmp_path, monkeypatch):
+    """Without shards of test, however they might be read; the control monitors on them."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    for path in copy.glob("shards/test*"):
+        path.unlink()
+    assert bytes_of(train(run(), copy, tmp_path / "honest")) == bytes_of(whole)
+    original = shards.open
+    monkeypatch.setattr(shards, "open", lambda folder, split: original(folder, {"val": "test"}.get(split, split)))
+    with pytest.raises(UserError, match="test"):
+        train(run(), copy, tmp_path / "planted")
 
 
 @pytest.mark.parametrize(
@@ -480,9 +496,45 @@ def test_a_run_prints_the_cap_of_an_oversampled_region_and_records_it(k, warned,
     assert capsys.readouterr().err == (said if warned else "")
 
 
-def test_mixed_precision_is_a_parameter(whole, data, tmp_path):
-    full, half = whole, train(run(precision="bfloat16"), data, tmp_path / "half")
-    assert bytes_of(full)["encoder.safetensors"] != bytes_of(half)["encoder.safetensors"]
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_mixed_precision_is_a_parameter(kind, whole, data, tmp_path):
+    half = train(run(precision=kind), data, tmp_path / kind)
+    written = bytes_of(half)["encoder.safetensors"]
+    assert written != bytes_of(whole)["encoder.safetensors"]
+    assert all(torch.isfinite(weight).all() for weight in safetensors.torch.load(written).values())
+    losses = [json.loads(line)["loss"] for line in (half / "history.jsonl").read_text().splitlines()]
+    assert len(losses) == SMALL.epochs
+    assert np.isfinite(losses).all()
+
+
+def first_gradient(kind, data, scale):
+    """The weights' gradient of a run's first step, where those of the embeddings are `scale` times theirs."""
+    trainer = pretrain.Trainer(run(precision=kind), shards.open(data, "train"), shards.open(data, "val"))
+    backward = trainer._backward
+
+    def scaled(parts, z):
+        for value in z.values():
+            value.grad *= scale
+        backward(parts, z)
+
+    trainer._backward = scaled
+    trainer.begin(0)
+    trainer.train_step(trainer.batches(0)[0])
+    return torch.cat([weight.grad.double().flatten() for weight in trainer.weights]) / scale
+
+
+def test_gradients_of_float16_have_room_below_without_a_scaler(data):
+    """No scaler lifts them over float16's smallest number; a ten-thousandth of a batch's would still be there."""
+    right = first_gradient("float32", data, 1.0)
+
+    def error(kind, scale):
+        return float((first_gradient(kind, data, scale) - right).norm() / right.norm())
+
+    usual = error("float16", 1.0)
+    assert 0 < usual < 0.2
+    assert error("float16", 1e-4) == pytest.approx(usual, abs=0.01)
+    assert error("float16", 1e-9) > 0.9  # control: gone
+    assert error("bfloat16", 1e-9) < 0.2  # which has float32's range
 
 
 def test_a_diverging_run_says_so(data, tmp_path):

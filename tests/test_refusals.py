@@ -177,16 +177,18 @@ def test_import_of_damaged_annotations(copy: Copy, source: Path, wrap: Callable[
 
 def test_import_says_when_the_manifest_changes(copy: Copy, source: Path) -> None:
     """The control of the test before: sound data are imported, and their counts are printed."""
-    first, again = (copy.run("data", "import", "coco", str(source)) for _ in range(2))
+    line = said(copy.run("data", "import", "coco", str(source)))
+    assert "instances_train2017.json: 3 images, not 118287; fetch it again, or import" in line
+    first, again = (copy.run("data", "import", "coco_mini", str(source)) for _ in range(2))
     picture = source / "val2017" / "000000000011.jpg"
     Image.new("RGB", (40, 30)).save(picture)
-    other = copy.run("data", "import", "coco", str(source))
-    shutil.rmtree(copy.root / "data" / "coco")
+    other = copy.run("data", "import", "coco_mini", str(source))
+    shutil.rmtree(copy.root / "data" / "coco_mini")
     lines = first.stdout.splitlines()
     assert lines[2] == "test: 3 images, 3 objects, 1 crowd, 1 keypoints, 1 dropped"
     assert [line.split()[:3] for line in lines[:2]] == [["train:", "2", "images,"], ["val:", "1", "images,"]]
     assert again.stdout == first.stdout
-    notice = f"{copy.root}/data/coco/manifest.json: differs from the one before; results of that data are stale"
+    notice = f"{copy.root}/data/coco_mini/manifest.json: differs from the one before; results of that data are stale"
     assert other.stdout.splitlines()[:3] == lines
     assert other.stdout.splitlines()[3].startswith(notice)
     assert [done.returncode for done in (first, again, other)] == [0, 0, 0]

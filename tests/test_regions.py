@@ -95,24 +95,44 @@ def test_region_sizes_are_fractions_of_the_bank():
     assert ranks(0.29, 0.0, 100) == (0, 29)  # 0.29 * 100 is 28.999... in binary floating point
 
 
-def test_rotation_and_relabelling_leave_the_enumerated_losses():
-    z, banks, index = setting()
+def moved(banks, rows):
+    """Banks whose rows are `rows` of the old ones."""
+    result = {name: MemoryBank(N, D, seed=0) for name in banks}
+    for name, bank in result.items():
+        bank.rows = rows(banks[name].rows).float()
+    return result
+
+
+def turned(z, banks, matrix):
+    return {name: (x.double() @ matrix).float() for name, x in z.items()}, moved(banks, lambda x: x.double() @ matrix)
+
+
+ENUMERATED = {"ball": {"outer": 0.3}, "ring": {"outer": 0.3, "inner": 0.2}, "cmc": {},
+              "cmc_ring": {"outer": 0.3, "inner": 0.2}, "la": {}}  # fmt: skip
+
+
+def losses_of(name, z, banks, index, order):
+    """`(directions, B)` enumerated losses; rows that were five in a row before `order` moved them are LA's mates."""
+    if name == "la":
+        return torch.stack([t.loss for t in terms(la(banks, order[None] // 5, outer=1.0), z, banks, index, late())])
+    objective = ready(name, banks, **ENUMERATED[name])
+    return torch.stack([enumerated(objective, q) for q in objective.queries(z, banks, index, late())])
+
+
+@pytest.mark.parametrize("name", ENUMERATED)
+def test_rotation_and_relabelling_leave_the_enumerated_losses(name):
+    z, banks, index = setting(objectives.create(name, {}).modalities)
+    same = torch.arange(N)
+    before = losses_of(name, z, banks, index, same)
     rotation, _ = torch.linalg.qr(unit(5, D).double())
-    labels = (torch.arange(N) // 5)[None]
-    before = terms(la(banks, labels, outer=1.0), z, banks, index, late())[0].loss
-    turned = {"rgb": MemoryBank(N, D, seed=0)}
-    turned["rgb"].rows = (banks["rgb"].rows.double() @ rotation).float()
-    moved = {"rgb": (z["rgb"].double() @ rotation).float()}
-    after = terms(la(turned, labels, outer=1.0), moved, turned, index, late())[0].loss
-    assert torch.allclose(before, after, atol=1e-3)
+    assert torch.allclose(before, losses_of(name, *turned(z, banks, rotation), index, same), atol=1e-3)
     order = torch.from_numpy(rng.permutation(3, 3, 0, N).copy())
-    mixed = {"rgb": MemoryBank(N, D, seed=0)}
-    mixed["rgb"].rows = banks["rgb"].rows[order]
-    where = order.argsort()
-    relabelled = terms(la(mixed, (torch.arange(N) // 5)[order][None], outer=1.0), z, mixed, where[index], late())[
-        0
-    ].loss
-    assert torch.allclose(before, relabelled, atol=1e-4)
+    mixed = moved(banks, lambda rows: rows[order])
+    assert torch.allclose(before, losses_of(name, z, mixed, order.argsort()[index], order), atol=1e-4)
+    skew = rotation.clone()  # controls: no rotation, and rows that moved without their numbers
+    skew[0] *= 2
+    assert not torch.allclose(before, losses_of(name, *turned(z, banks, skew), index, same), atol=0.1)
+    assert not torch.allclose(before, losses_of(name, z, mixed, index, order), atol=0.1)
 
 
 @pytest.mark.parametrize("name", SAMPLED)

@@ -77,7 +77,7 @@ def load(kind: str, path: Path, folder: Path, side: int | None, jobs: int) -> Co
         raise UserError(f"data import {kind}: --side is for imagenet; other images keep their bytes")
     readers: dict[str, Callable[[Path, Path], Counts]] = {
         "cifar10": cifar.import_cifar10, "cifar100": cifar100.import_cifar100, "stl10": stl10.import_stl10,
-        "coco": coco.import_coco, "coco_mini": coco.import_coco, "voc": voc.import_voc, "lvis": lvis.import_lvis,
+        "coco": coco.import_coco, "coco_mini": coco.import_mini, "voc": voc.import_voc, "lvis": lvis.import_lvis,
     }  # fmt: skip
     return readers[kind](path, folder)
 

@@ -4,7 +4,7 @@ Source: Lin et al., Microsoft COCO: common objects in context (2014); https://co
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from mirepro.errors import UserError
 
 PARTS = {"train": "train2017", "val": "train2017", "test": "val2017"}
 """Choices are made on a tenth of train2017, so that val2017 (the public test) is read once."""
+COUNTS = {"train2017": 118_287, "val2017": 5000}
+"""Images of each annotation file."""
 SIGMAS = [0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087,
           0.089, 0.089]  # fmt: skip
 """Standard deviations of the person keypoints in pycocotools' evaluation."""
@@ -46,13 +48,23 @@ def import_coco(path: Path | str, folder: Path | str) -> Counts:
         (annotations whose box has no area).
 
     Raises:
-        UserError: A file is missing or damaged, a box lies outside its image, ...; nothing is written then.
+        UserError: A file is missing or damaged, wrong counts, a box outside its image, ...; nothing is written then.
     """
+    return _import(path, folder, COUNTS)
+
+
+def import_mini(path: Path | str, folder: Path | str) -> Counts:
+    """Imports a part of COCO in COCO's layout, however many images it has; the rest as `import_coco`."""
+    return _import(path, folder, {})
+
+
+def _import(path: Path | str, folder: Path | str, images: Mapping[str, int]) -> Counts:
+    """Imports what has so many `images` in each annotation file; files that are not named may have any number."""
     with sources.unpacked(path, Path(folder)) as source:
         base = sources.root(source, "annotations")
         if base is None:
             raise UserError(f"{path}: no folder annotations/ inside; give COCO's folder")
-        parts = {split: _Part(base, name, split) for split, name in PARTS.items()}
+        parts = {split: _Part(base, name, split, images.get(name)) for split, name in PARTS.items()}
         if parts["train"].categories != parts["test"].categories:
             raise UserError(f"{base}/annotations: the categories of train2017 and val2017 differ")
         counts = {split: part.counts for split, part in parts.items()}
@@ -63,11 +75,14 @@ def import_coco(path: Path | str, folder: Path | str) -> Counts:
 class _Part:
     """A split of train2017 or val2017: both annotation files, joined by annotation id."""
 
-    def __init__(self, base: Path, name: str, split: str) -> None:
+    def __init__(self, base: Path, name: str, split: str, size: int | None) -> None:
         self.images_folder = base / name
         self.path = base / "annotations" / f"instances_{name}.json"
         self.people_path = base / "annotations" / f"person_keypoints_{name}.json"
         instances = annotations.read(self.path, "a COCO", FIELDS)
+        if size not in (None, len(instances["images"])):
+            raise UserError(f"{self.path}: {len(instances['images'])} images, not {size}; fetch it again, or import a "
+                            "part of COCO as coco_mini")  # fmt: skip
         people = annotations.read(self.people_path, "a COCO", PEOPLE)
         self.categories = sorted((c["id"], c["name"]) for c in instances["categories"])
         self.numbers = {number: i for i, (number, _) in enumerate(self.categories)}

@@ -5,6 +5,7 @@ once. The bank then has 1,271,167 rows. Source: Russakovsky et al., ImageNet lar
 (2015); counts and the class order (sorted WordNet ids) as there.
 """
 
+import hashlib
 import re
 import tarfile
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from mirepro.errors import UserError
 CLASSES = 1000
 FIRST, LAST = "n01440764", "n15075141"
 """The first and the last class in the order of WordNet ids: tench and toilet tissue."""
+SYNSETS = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
+"""sha256 of the sorted ids, joined by line feeds: the same of timm 1.0.31 (imagenet_synsets.txt) and of
+tensorflow-datasets 4.9.10 (imagenet2012/labels.txt)."""
 COUNTS = {"train": 1_281_167, "val": 50_000}
 PER_CLASS = {"train": (732, 1300), "val": (50, 50)}
 """Least and largest number of images of a class."""
@@ -81,6 +85,10 @@ def _check(source: Path, part: str, classes: Found) -> None:
         ends = f"{names[0]} to {names[-1]}" if names else "none"
         raise UserError(f"{source}: {part} has {len(names)} classes ({ends}), not {CLASSES} ({FIRST} to {LAST}); "
                         "complete the data")  # fmt: skip
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    if digest != SYNSETS:
+        raise UserError(f"{source}: {part}: the {CLASSES} WordNet ids are not those of ILSVRC 2012 (sha256 "
+                        f"{digest[:12]}..., not {SYNSETS[:12]}...); fetch the data again")  # fmt: skip
     least, most = PER_CLASS[part]
     for name in names:
         if not least <= len(classes[name]) <= most:
