@@ -170,6 +170,48 @@ def is_described(built: Built) -> None:
     assert images.tree(built.checkout) in [one["digest"]["sha256"] for one in inputs]
 
 
+METRIC = "metrics/desk/evaluate/ir-s0.json"
+
+
+def one_changed(checkout: Path, folder: Path, more: float) -> Path:
+    """A copy of a run's metrics with more in one value, for the image's user, whatever the umask here."""
+    content = json.loads((checkout / METRIC).read_text())
+    content["cells"]["knn_1"]["value"] += more
+    path = folder / "metric.json"
+    path.write_text(json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
+    path.chmod(0o644)
+    return path
+
+
+def diverging(report: Path) -> dict[tuple[str, str, str], str]:
+    """Cells of a report that were not reproduced, with the reasons."""
+    cells = json.loads(report.read_text())["cells"]
+    return {(c["table"], c["row"], c["column"]): c["reason"] for c in cells if c["verdict"] == "DIVERGED"}
+
+
+def is_refuted_where_it_is_wrong(built: Built, folder: Path) -> None:
+    """A changed metric over the image's own is found at level 1, and its cell named; control: the same value.
+
+    Fails where the audit of the image looks at something else than the image's files, or its exit code is lost.
+    """
+    for more, code in ((0.0, 0), (1.0, 1)):
+        out = folder / f"report-{code}"
+        out.mkdir()
+        changed = f"{one_changed(built.checkout, folder, more)}:/opt/mirepro/{METRIC}:ro"
+        line = ("run", "--rm", "--read-only", "--network=none", "-v", changed, "-v", f"{out}:/tmp/audit:U")
+        said = built.podman(*line, built.podman.image, "audit", "--level", "1", code=code)
+        wrong = diverging(out / "report.json")
+        if more:
+            assert f"outputs: evaluate@ir-s0: {METRIC} was changed" in said
+            assert "DIVERGED: failed checks: " in said
+            assert f"; {len(wrong)} of " in said
+            assert "where the table says" in wrong["T1", "ir", "knn_1"]
+            assert [address for address in wrong if address[0] == "T1"] == [("T1", "ir", "knn_1")]
+        else:
+            assert f"{REPRODUCED}: all" in said
+            assert not wrong
+
+
 @once
 def test_image_audits_its_result_from_a_registry(built: Built, tmp_path: Path) -> None:
     """The report goes to a folder of the host."""
@@ -180,6 +222,7 @@ def test_image_audits_its_result_from_a_registry(built: Built, tmp_path: Path) -
     line = ("run", "--rm", "--read-only", "--network=none", "-v", f"{out}:/tmp/audit:U", podman.image)
     assert f"{REPRODUCED}: all" in podman(*line, "audit", "--level", "1")
     assert REPRODUCED in (out / "report.html").read_text()
+    is_refuted_where_it_is_wrong(built, tmp_path)
 
 
 @once
@@ -251,4 +294,5 @@ def test_image_builds_equal_and_audits_the_desk_profile(root: Path, tmp_path: Pa
         is_sealed(built)
         is_described(built)
         assert REPRODUCED in built.podman.run("audit", "--level", "2", "--jobs", str(os.cpu_count()))
+        is_refuted_where_it_is_wrong(built, tmp_path)
         build.drop(built.podman.store)
