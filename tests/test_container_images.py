@@ -115,6 +115,18 @@ def trade(address: str, blobs: Path, digest: str, publisher: Trust, stranger: Tr
     assert "did not match" in publisher.copy(image, f"dir:{tmp_path}/flipped").lower()
 
 
+@pytest.mark.parametrize(("required", "outcome"), [("", pytest.skip.Exception), ("1", pytest.fail.Exception)])
+def test_docker_for_a_user_is_skipped_or_fails(
+    required: str, outcome: type, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Skipped where nobody asked for it, failed where the run wants all; no dockerd is started."""
+    need("dockerd", "docker")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("MIREPRO_REQUIRE_INFRA", required)
+    with pytest.raises(outcome, match="needs root, for dockerd"):
+        request.getfixturevalue("docker")
+
+
 @pytest.mark.slow
 @pytest.mark.infra
 def test_docker_builds_runs_and_pulls_by_digest(
