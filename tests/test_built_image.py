@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import certifi
 import pytest
@@ -24,7 +25,7 @@ from copied import lacking
 from engines import Podman, docker, send
 from registries import serve
 from slurm_bench import cluster
-from test_containers import REQUIRED, build, git, need
+from test_containers import REQUIRED, build, describe, faults, git, need
 
 from mirepro.audit import images
 
@@ -191,9 +192,24 @@ def test_a_host_name_is_seen_by_a_build_and_found_in_its_files(tmp_path: Path) -
             is_clean(tmp_path, files)
 
 
+def is_of_the_schema(built: Built, whole: dict[str, Any]) -> None:
+    """The SBOM as the schema of the tool that made it has it; control: a component without a name."""
+    bad = whole | {"components": [{"type": "library", "version": "1"}]}
+    for content, code in ((whole, 0), (bad, 1)):
+        path = built.made / "judged.json"
+        path.write_text(json.dumps(content))
+        path.chmod(0o644)
+        shown = ("-v", f"{built.made}/tool:/tool:ro", "-v", f"{path}:/sbom.json:ro")
+        line = ("run", "--rm", "--read-only", "--network=none", *shown, "--entrypoint=/opt/venv/bin/python")
+        built.podman(*line, built.podman.image, "-c", describe.JUDGE, code=code)
+
+
 def is_described(built: Built) -> None:
     """SBOM and provenance beside the image: what is in it, and only that; what it was made from."""
-    listed = json.loads((built.made / "sbom.cpu.cdx.json").read_text())["components"]
+    whole = json.loads((built.made / "sbom.cpu.cdx.json").read_text())
+    listed = whole["components"]
+    assert not faults(whole)
+    is_of_the_schema(built, whole)
     names = {one["name"] for one in listed}
     assert {"torch", "numpy", "libc6:amd64", "git"} <= names
     assert not {"pytest", "cyclonedx-bom", "g++"} & names  # of the build, of the tool that lists, of neither
