@@ -149,7 +149,7 @@ def test_lock_says_which_tree_it_was_written_for(checkout: Path) -> None:
     locked(checkout)
     assert images.outdated(checkout) == ""
     (checkout / images.LOCK).unlink()
-    with pytest.raises(UserError, match=r"images.lock.yaml: is missing; `containers/build --twice`"):
+    with pytest.raises(UserError, match=r"images.lock.yaml: is missing; `containers/build --base mmdebstrap --twice`"):
         images.outdated(checkout)
 
 
