@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cluster import until
+from copied import lacking
 from test_containers import build, need
 
 
@@ -36,10 +37,13 @@ class Podman:
 
 @pytest.fixture
 def docker() -> Iterator[Callable[..., str]]:
-    """docker's command line with a dockerd of its own, which ends with the test; root only."""
+    """docker's command line with a dockerd of its own, which ends with the test; root only.
+
+    Skips for others, unless MIREPRO_REQUIRE_INFRA=1.
+    """
     need("dockerd", "docker")
     if os.geteuid() != 0:
-        pytest.skip("dockerd needs root")
+        lacking("root, for dockerd")
     folder = Path(tempfile.mkdtemp(prefix="docker-"))  # pytest's folders are too long for the names of its sockets
     address, pid = f"unix://{folder}/socket", folder / "pid"
     limits = [word for name in ("nofile=4096:4096", "nproc=30000:30000") for word in ("--default-ulimit", name)]

@@ -14,16 +14,18 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import certifi
 import pytest
 import yaml
 from audited import Project, commit
 from cluster import Cluster
+from copied import lacking
 from engines import Podman, docker, send
 from registries import serve
 from slurm_bench import cluster
-from test_containers import REQUIRED, build, git, need
+from test_containers import REQUIRED, build, describe, faults, git, need
 
 from mirepro.audit import images
 
@@ -73,6 +75,22 @@ def pulled(checkout: Path, made: Path, address: str, folder: Path) -> Built:
 
 SECRET = "-".join(("known", "to", "the", "host", "alone"))
 """Stands in the certificates and in the list of package sources; the image holds this file, so not as a word here."""
+HOST, ELSEWHERE = ("-".join(("the", "image", "was", "built", end)) for end in ("here", "elsewhere"))
+"""Host names of builds: long enough to be looked for in every file, which the machine's own need not be."""
+NAMED = """
+hostname "$1" && echo "$1" >"$2" || exit 1
+if [ -e /etc/hostname ]; then mount --bind "$2" /etc/hostname || exit 1; fi
+shift 2
+exec "$@"
+"""
+"""Names the host for a command, in the file as well, which mmdebstrap copies into a base."""
+
+
+def named(name: str, folder: Path) -> tuple[str | Path, ...]:
+    """What stands before a command that is to see another host name; nothing for a user, who cannot give one."""
+    return ("unshare", "--uts", "--mount", "sh", "-c", NAMED, "sh", name, folder / name) if os.geteuid() == 0 else ()
+
+
 SOURCES = f"""# {SECRET}
 deb http://deb.debian.org/debian bookworm main
 deb http://deb.debian.org/debian bookworm-updates main
@@ -95,8 +113,8 @@ def built(project: Project, root: Path, tmp_path_factory: pytest.TempPathFactory
     (folder / "ca.crt").write_text(f"{SECRET}\n{Path(trusted).read_text()}")
     (folder / "sources.list").write_text(SOURCES)
     secrets = ("--ca", folder / "ca.crt", "--apt", folder / "sources.list")
-    words = ("--base", "mmdebstrap", "--store", made, *secrets)
-    subprocess.run([sys.executable, checkout / "containers/build", *words], check=True)
+    words = (sys.executable, checkout / "containers/build", "--base", "mmdebstrap", "--store", made, *secrets)
+    subprocess.run([*named(HOST, folder), *words], check=True)
     with serve(folder) as (address, _):
         image = pulled(checkout, made, address, folder / "store")
         yield image
@@ -131,7 +149,7 @@ def is_sealed(built: Built) -> None:
     assert labels["licenses"] == "NOASSERTION"
     assert not told["Config"].get("ExposedPorts")
     history = podman("history", "--no-trunc", "--format", "json", podman.image)
-    assert not [name for name in (*host(built), str(Path.home())) if name in history]
+    assert not [name for name in (*host(built.checkout), str(Path.home())) if name in history]
     for command, code in (("mirepro env", 0), ("false", 1)):
         health = ("--health-cmd", command, "--health-interval=disable")
         sleeping = podman("run", "-d", "--network=none", *health, "--entrypoint=sleep", podman.image, "600")
@@ -139,23 +157,59 @@ def is_sealed(built: Built) -> None:
         podman("rm", "-f", "-t", "0", sleeping)
 
 
-def host(built: Built) -> list[str]:
-    """What only the host that built it knows."""
-    return [name for name in (platform.node(), str(built.checkout), SECRET) if len(name) > 9]
+def host(checkout: Path) -> list[str]:
+    """What only the host that built an image knows."""
+    name = HOST if os.geteuid() == 0 else platform.node()
+    assert len(name) > 9, f"host name {name}: too short to be looked for; as root the test gives the build a longer one"
+    return [name, str(checkout), SECRET]
 
 
-def is_clean(built: Built, files: Path) -> None:
+def is_clean(checkout: Path, files: Path) -> None:
     """None of the image's files names the host that built it, its certificates or its sources."""
-    words = [word for name in host(built) for word in ("-e", name)]
+    words = [word for name in host(checkout) for word in ("-e", name)]
     found = subprocess.run(["grep", "-rlF", *words, files], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stdout) == (1, "")
     control = ["grep", "-rlF", "MIREPRO_AUDIT_SOURCE", files / "opt/mirepro"]
     assert "containers/Dockerfile" in subprocess.run(control, capture_output=True, text=True, check=True).stdout
 
 
+def test_a_host_name_is_seen_by_a_build_and_found_in_its_files(tmp_path: Path) -> None:
+    """The controls of what is said about the image's files."""
+    if os.geteuid() != 0:
+        lacking("root, who alone may name a host")
+    shown = subprocess.run(
+        [*named(HOST, tmp_path), "sh", "-c", "hostname; cat /etc/hostname"], capture_output=True, text=True, check=True
+    )
+    assert set(shown.stdout.split()) == {HOST}
+    assert platform.node() != HOST
+    files = tmp_path / "files"
+    (files / "opt/mirepro/containers").mkdir(parents=True)
+    (files / "opt/mirepro/containers/Dockerfile").write_text("MIREPRO_AUDIT_SOURCE")
+    is_clean(tmp_path, files)
+    for word in (HOST, SECRET, str(tmp_path)):
+        (files / "planted").write_bytes(b"\0" + word.encode() + b"\0")
+        with pytest.raises(AssertionError, match="planted"):
+            is_clean(tmp_path, files)
+
+
+def is_of_the_schema(built: Built, whole: dict[str, Any]) -> None:
+    """The SBOM as the schema of the tool that made it has it; control: a component without a name."""
+    bad = whole | {"components": [{"type": "library", "version": "1"}]}
+    for content, code in ((whole, 0), (bad, 1)):
+        path = built.made / "judged.json"
+        path.write_text(json.dumps(content))
+        path.chmod(0o644)
+        shown = ("-v", f"{built.made}/tool:/tool:ro", "-v", f"{path}:/sbom.json:ro")
+        line = ("run", "--rm", "--read-only", "--network=none", *shown, "--entrypoint=/opt/venv/bin/python")
+        built.podman(*line, built.podman.image, "-c", describe.JUDGE, code=code)
+
+
 def is_described(built: Built) -> None:
     """SBOM and provenance beside the image: what is in it, and only that; what it was made from."""
-    listed = json.loads((built.made / "sbom.cpu.cdx.json").read_text())["components"]
+    whole = json.loads((built.made / "sbom.cpu.cdx.json").read_text())
+    listed = whole["components"]
+    assert not faults(whole)
+    is_of_the_schema(built, whole)
     names = {one["name"] for one in listed}
     assert {"torch", "numpy", "libc6:amd64", "git"} <= names
     assert not {"pytest", "cyclonedx-bom", "g++"} & names  # of the build, of the tool that lists, of neither
@@ -170,6 +224,48 @@ def is_described(built: Built) -> None:
     assert images.tree(built.checkout) in [one["digest"]["sha256"] for one in inputs]
 
 
+METRIC = "metrics/desk/evaluate/ir-s0.json"
+
+
+def one_changed(checkout: Path, folder: Path, more: float) -> Path:
+    """A copy of a run's metrics with more in one value, for the image's user, whatever the umask here."""
+    content = json.loads((checkout / METRIC).read_text())
+    content["cells"]["knn_1"]["value"] += more
+    path = folder / "metric.json"
+    path.write_text(json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
+    path.chmod(0o644)
+    return path
+
+
+def diverging(report: Path) -> dict[tuple[str, str, str], str]:
+    """Cells of a report that were not reproduced, with the reasons."""
+    cells = json.loads(report.read_text())["cells"]
+    return {(c["table"], c["row"], c["column"]): c["reason"] for c in cells if c["verdict"] == "DIVERGED"}
+
+
+def is_refuted_where_it_is_wrong(built: Built, folder: Path) -> None:
+    """A changed metric over the image's own is found at level 1, and its cell named; control: the same value.
+
+    Fails where the audit of the image looks at something else than the image's files, or its exit code is lost.
+    """
+    for more, code in ((0.0, 0), (1.0, 1)):
+        out = folder / f"report-{code}"
+        out.mkdir()
+        changed = f"{one_changed(built.checkout, folder, more)}:/opt/mirepro/{METRIC}:ro"
+        line = ("run", "--rm", "--read-only", "--network=none", "-v", changed, "-v", f"{out}:/tmp/audit:U")
+        said = built.podman(*line, built.podman.image, "audit", "--level", "1", code=code)
+        wrong = diverging(out / "report.json")
+        if more:
+            assert f"outputs: evaluate@ir-s0: {METRIC} was changed" in said
+            assert "DIVERGED: failed checks: " in said
+            assert f"; {len(wrong)} of " in said
+            assert "where the table says" in wrong["T1", "ir", "knn_1"]
+            assert [address for address in wrong if address[0] == "T1"] == [("T1", "ir", "knn_1")]
+        else:
+            assert f"{REPRODUCED}: all" in said
+            assert not wrong
+
+
 @once
 def test_image_audits_its_result_from_a_registry(built: Built, tmp_path: Path) -> None:
     """The report goes to a folder of the host."""
@@ -180,6 +276,7 @@ def test_image_audits_its_result_from_a_registry(built: Built, tmp_path: Path) -
     line = ("run", "--rm", "--read-only", "--network=none", "-v", f"{out}:/tmp/audit:U", podman.image)
     assert f"{REPRODUCED}: all" in podman(*line, "audit", "--level", "1")
     assert REPRODUCED in (out / "report.html").read_text()
+    is_refuted_where_it_is_wrong(built, tmp_path)
 
 
 @once
@@ -202,7 +299,7 @@ def test_slurm_runs_it_by_podman_and_as_its_own_container(built: Built, cluster:
     subprocess.run(["umoci", "unpack", "--image", f"{built.made}/layout:cpu", bundle], check=True, capture_output=True)
     line = ("srun", "--export=NONE", f"--container={bundle}", "/opt/venv/bin/mirepro")
     assert REPRODUCED in cluster.run(*line, "audit", "--level", "1")
-    is_clean(built, bundle / "rootfs")
+    is_clean(built.checkout, bundle / "rootfs")
 
 
 @once
@@ -229,21 +326,20 @@ def test_desk_stages_in_it_give_the_committed_lock(
     assert changed.stdout == ""
 
 
-ELSEWHERE = 'hostname elsewhere && umask 077 && exec "$@"'
-
-
 @pytest.mark.full
 @pytest.mark.timeout(7200)
 def test_image_builds_equal_and_audits_the_desk_profile(root: Path, tmp_path: Path) -> None:
     """Twice from nothing, and from another clone under another host name and umask; 40 GB of disk; level 2."""
+    if os.geteuid() != 0:
+        lacking("root, who alone may name a host")
     need("mmdebstrap", "podman", "skopeo", "docker-registry")
     made, there, clone = tmp_path / "made", tmp_path / "there", tmp_path / "another" / "clone"
     words = (sys.executable, "containers/build", "--base", "mmdebstrap")
-    subprocess.run([*words, "--twice", "--store", made], check=True, cwd=root)
+    subprocess.run([*named(HOST, tmp_path), *words, "--twice", "--store", made], check=True, cwd=root)
     clone.parent.mkdir()
     git(tmp_path, "clone", "-q", str(root), str(clone), umask=0o077)
-    other = ("unshare", "--uts", "sh", "-c", ELSEWHERE, "sh", *words, "--artefacts", root, "--store", there)
-    subprocess.run(other, check=True, cwd=clone)
+    other = (*named(ELSEWHERE, tmp_path), *words, "--artefacts", root, "--store", there)
+    subprocess.run(other, check=True, cwd=clone, umask=0o077)
     assert digest(there) == digest(made)
     build.drop(there / "cpu")
     with serve(tmp_path) as (address, _):
@@ -251,4 +347,5 @@ def test_image_builds_equal_and_audits_the_desk_profile(root: Path, tmp_path: Pa
         is_sealed(built)
         is_described(built)
         assert REPRODUCED in built.podman.run("audit", "--level", "2", "--jobs", str(os.cpu_count()))
+        is_refuted_where_it_is_wrong(built, tmp_path)
         build.drop(built.podman.store)

@@ -1,20 +1,26 @@
 """Small images in real engines: through a registry, signed, in docker."""
 
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from engines import docker, send
+from engines import Podman, docker, send
 from registries import serve
 from test_containers import build, need
 
 __all__ = ["docker"]
+
+HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture
@@ -34,7 +40,8 @@ class Trust:
         (folder / "d").mkdir()
         where = f"file://{folder}/signatures"
         self.env = os.environ | {"GNUPGHOME": str(self.home)}
-        (folder / "d/d.yaml").write_text(json.dumps({"default-docker": {"sigstore": where, "sigstore-staging": where}}))
+        settings = {"default-docker": {"lookaside": where, "lookaside-staging": where}}
+        (folder / "d/d.yaml").write_text(json.dumps(settings))
         key = ["--batch", "--passphrase", "", "--quick-gen-key", "publisher@example.org", "default", "default", "never"]
         self.gpg(*key)
         self.gpg("--armor", "--output", str(folder / "key.asc"), "--export")
@@ -113,6 +120,81 @@ def trade(address: str, blobs: Path, digest: str, publisher: Trust, stranger: Tr
     content[len(content) // 2] ^= 1
     blob.write_bytes(content)
     assert "did not match" in publisher.copy(image, f"dir:{tmp_path}/flipped").lower()
+
+
+def documented(kind: str, **named: str) -> str:
+    """The only block of a kind under "Publish" in the documentation, its names in capitals replaced."""
+    text = (HERE.parent / "docs/containers.md").read_text().partition("## Publish")[2]
+    (block,) = re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)
+    for name, value in named.items():
+        assert name in block
+        block = block.replace(name, value)
+    return block
+
+
+@contextmanager
+def website(folder: Path) -> Iterator[str]:
+    """A plain web server of a folder."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.infra
+def test_auditor_pulls_what_the_publisher_signed(registry: tuple[str, Path], tmp_path: Path) -> None:
+    """The documented settings: signatures go to a folder, a web server shows it, podman takes them from there.
+
+    Controls: the folder without this signature, and an image of which the policy says nothing.
+    """
+    address, _ = registry
+    digest, image = push(address, tmp_path), f"{address}/mirepro"
+    staged, web = tmp_path / "signatures", tmp_path / "web"
+    web.mkdir()
+    home = tmp_path / "home"
+    settings = home / ".config/containers"
+    (settings / "registries.d").mkdir(parents=True)
+    with closing(Trust(tmp_path / "publisher")) as publisher, website(web) as url:
+        names = {"REGISTRY": address, "https://PUBLISHER": url, "/srv": str(tmp_path)}
+        (settings / "registries.d/mirepro.yaml").write_text(documented("yaml", **names))
+        key = {"/etc/containers/mirepro.asc": str(publisher.folder / "key.asc")}
+        (settings / "policy.json").write_text(documented("json", REGISTRY=address, **key))
+        shutil.copy(settings / "registries.d/mirepro.yaml", publisher.folder / "d/d.yaml")
+        layout = f"oci:{tmp_path}/layout:1"
+        signed = ("--preserve-digests", "--sign-by", "publisher@example.org", layout, f"docker://{image}:0.1.0-cpu")
+        assert not publisher.copy(*signed)
+        podman = Podman(tmp_path / "auditor", f"{image}@{digest}")
+        podman.environment |= {"HOME": str(home)}
+        podman.environment.pop("XDG_CONFIG_HOME", None)
+        pull = ("pull", "-q", "--tls-verify=false")
+        assert "no signature exists" in complaint(podman, *pull, podman.image)
+        shutil.copytree(staged, web / "signatures")
+        podman(*pull, podman.image)
+        podman("image", "rm", podman.image)
+        podman(*pull, f"{image}:0.1.0-cpu")
+        assert "rejected by policy" in complaint(podman, *pull, f"{address}/tiny@{digest}")
+        build.drop(podman.store)
+
+
+def complaint(podman: Podman, *words: str) -> str:
+    """What podman says where it refuses."""
+    done = subprocess.run(["podman", *words], capture_output=True, text=True, env=podman.environment, check=False)
+    assert done.returncode == 125, done.stdout
+    return done.stderr
+
+
+@pytest.mark.parametrize(("required", "outcome"), [("", pytest.skip.Exception), ("1", pytest.fail.Exception)])
+def test_docker_for_a_user_is_skipped_or_fails(
+    required: str, outcome: type, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Skipped where nobody asked for it, failed where the run wants all; no dockerd is started."""
+    need("dockerd", "docker")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("MIREPRO_REQUIRE_INFRA", required)
+    with pytest.raises(outcome, match="needs root, for dockerd"):
+        request.getfixturevalue("docker")
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -148,7 +149,7 @@ def test_lock_says_which_tree_it_was_written_for(checkout: Path) -> None:
     locked(checkout)
     assert images.outdated(checkout) == ""
     (checkout / images.LOCK).unlink()
-    with pytest.raises(UserError, match=r"images.lock.yaml: is missing; `containers/build --twice`"):
+    with pytest.raises(UserError, match=r"images.lock.yaml: is missing; `containers/build --base mmdebstrap --twice`"):
         images.outdated(checkout)
 
 
@@ -330,9 +331,41 @@ def test_provenance_names_image_and_every_input() -> None:
     }  # fmt: skip
     own = describe.provenance(LISTED | {"base": {"reference": "mmdebstrap", "digest": f"sha256:{'5' * 64}"}})
     assert own["predicate"]["buildDefinition"]["resolvedDependencies"][-1]["digest"] == {"sha256": "5" * 64}
-    listed: dict[str, list[dict[str, str]]] = {}
-    describe.add_debian(listed, LISTED["debian"])
-    assert listed["components"][0]["purl"] == "pkg:deb/debian/libc6@2.36-9%2Bdeb12u10?distro=bookworm"
+
+
+PURL = re.compile(r"pkg:deb/debian/([a-z0-9.-]|%[0-9A-F]{2})+@([A-Za-z0-9.:~-]|%[0-9A-F]{2})+\?distro=bookworm")
+
+
+def faults(listed: dict[str, Any]) -> list[str]:
+    """What CycloneDX asks of the components that are added here, beyond what its schema can say."""
+    references = [one["bom-ref"] for one in listed["components"]]
+    twice = {f"{name}: twice" for name in references if references.count(name) > 1}
+    own = [one for one in listed["components"] if one["bom-ref"].startswith("debian-")]
+    return [*sorted(twice), *(one["purl"] for one in own if not PURL.fullmatch(one["purl"]))]
+
+
+def test_debian_components_have_their_own_names_and_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The schema itself judges where the image is described; control: a name twice, a plus sign as it is."""
+    packages = LISTED["debian"] | {"libstdc++6:amd64": "12.2.0-14+deb12u1", "git": "1:2.39.5-0+deb12u3~x"}
+
+    def made() -> dict[str, Any]:
+        listed = {"components": [{"bom-ref": "torch==2", "name": "torch", "purl": "pkg:pypi/torch@2"}]}
+        describe.add_debian(listed, packages)
+        return listed
+
+    listed = made()
+    assert [one["purl"].removesuffix("?distro=bookworm") for one in listed["components"][1:]] == [
+        "pkg:deb/debian/git@1:2.39.5-0%2Bdeb12u3~x",
+        "pkg:deb/debian/libc6@2.36-9%2Bdeb12u10",
+        "pkg:deb/debian/libstdc%2B%2B6@12.2.0-14%2Bdeb12u1",
+    ]
+    assert faults(listed) == []
+    describe.add_debian(listed, {"git": "1"})
+    assert faults(listed) == ["debian-git: twice"]
+    monkeypatch.setattr(describe, "quote", lambda text, safe="": text)
+    assert [fault.partition("@")[0] for fault in faults(made())] == [
+        f"pkg:deb/debian/{name}" for name in ("git", "libc6", "libstdc++6")
+    ]
 
 
 def test_lock_keeps_the_other_target_of_the_same_inputs_only(tmp_path: Path) -> None:
@@ -341,6 +374,35 @@ def test_lock_keeps_the_other_target_of_the_same_inputs_only(tmp_path: Path) -> 
     path.write_text(json.dumps(LISTED | {"images": {"cuda": {"digest": "x"}}}))
     assert set(build.merged(LISTED, path)["images"]) == {"cpu", "cuda"}
     assert set(build.merged(LISTED | {"tree": "9" * 64}, path)["images"]) == {"cpu"}
+
+
+def test_build_with_another_digest_names_what_is_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Debian's packages with both versions, in the image or in a building stage; control: the same digest."""
+    (tmp_path / "containers").mkdir()
+    (tmp_path / images.LOCK).write_text(json.dumps(LISTED))
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    build.compare(LISTED, "cpu")
+    assert capsys.readouterr().out == f"{images.LOCK}: the same digest of cpu\n"
+    build.compare(LISTED | {"images": {"cuda": {"digest": "x"}}}, "cuda")
+    assert capsys.readouterr().out == "", "the lock names no such image"
+
+    other = {"images": {"cpu": {"digest": "sha256:5"}}}
+    build.compare(LISTED | other, "cpu")
+    assert capsys.readouterr().out.endswith("all inputs that are recorded are the same\n")
+    newer = {"debian": {"libc6:amd64": "2.36-9+deb12u14"}, "debs": {"g++=4:12.2.0-4": "6" * 64}}
+    build.compare(LISTED | other | newer, "cpu")
+    assert capsys.readouterr().out.splitlines() == [
+        f"{images.LOCK}: another digest of cpu: sha256:{'4' * 64} -> sha256:5",
+        f"{images.LOCK}: Debian's g++: 4:12.2.0-3 ({'5' * 12}) -> 4:12.2.0-4 ({'6' * 12})",
+        f"{images.LOCK}: Debian's libc6: 2.36-9+deb12u10 -> 2.36-9+deb12u14",
+    ]
+    assert build.differences(LISTED, LISTED | other | {"tool": "podman version 5"}, "cpu")[1:] == [
+        "tool: podman version 4.3.1 -> podman version 5"
+    ]
+    old = {name: value for name, value in LISTED.items() if name != "debs"}
+    assert build.differences(old, LISTED | other, "cpu")[1:] == ["all inputs that are recorded are the same"]
 
 
 @pytest.mark.parametrize("again", ["sha256:1", "sha256:2"])

@@ -12,7 +12,7 @@ LOCK = "containers/images.lock.yaml"
 RELEASE = "release.dsse.json"
 LATER = (LOCK, RELEASE)
 """Files that are made from an image's digest, so that no image can hold them."""
-REMEDY = "`containers/build --twice` makes it anew"
+REMEDY = "`containers/build --base mmdebstrap --twice` makes it anew"
 
 
 def tree(root: Path) -> str:
