@@ -44,12 +44,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Claims:
-    """The whole file: level after Holm, smallest number of paired seeds, when the claims were written, the claims."""
+    """The whole file: level after Holm, smallest number of paired seeds, the claims, and when these were written."""
 
     alpha: float
     seeds: int
-    note: str
     claims: tuple[Claim, ...]
+    note: str = ""
 
     def __post_init__(self) -> None:
         names = [claim.id for claim in self.claims]

@@ -240,4 +240,5 @@ def claims_markdown(file: claims.Claims, verdicts: list[dict[str, Any]]) -> str:
             "verdict"]  # fmt: skip
     lines = [text.verdict(item) for item in verdicts]
     rule = f"Paired one-sided t tests over at least {file.seeds} seeds, Holm over {len(verdicts)} claims, level "
-    return f"# Claims\n\n{file.note}\n\n{rule}{file.alpha:g}.\n\n{text.pipe_table(head, lines)}"
+    parts = ["# Claims", file.note, f"{rule}{file.alpha:g}.", text.pipe_table(head, lines)]
+    return "\n\n".join(filter(None, parts))
