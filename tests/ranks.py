@@ -7,10 +7,12 @@ MIREPRO_TEST_MOVE=RANK:STEP makes it change a row of its banks. Checkpoints are 
 MIREPRO_TEST_OFTEN every second step.
 """
 
+import gc
 import math
 import os
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -56,6 +58,16 @@ class Faulty(pretrain.Trainer):
         assert all(len(bank.rows) == held for bank in self.banks.values())
 
 
+def take_turns(mark: Path) -> None:
+    """The first rank's last store must be gone before another rank looks for the next one at the same port."""
+    end = time.monotonic() + 60
+    if os.environ["RANK"] == "0":
+        gc.collect()
+        mark.touch()
+    while not mark.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 def train(data: str, work: str, objectives: str, shards: str, epochs: str = str(EPOCHS)) -> None:
     """Trains each objective in a folder of its own; the first rank writes the metrics beside the outputs."""
     checkpoint.BETWEEN_SECONDS, pretrain.Trainer, Faulty.last = -1.0, Faulty, int(epochs)
@@ -64,7 +76,9 @@ def train(data: str, work: str, objectives: str, shards: str, epochs: str = str(
     if "MIREPRO_TEST_STOP" in os.environ:
         pretrain.WITHIN_STEPS = 2
     own, _, blocks = shards.partition(":")
-    for objective in objectives.split(","):
+    for number, objective in enumerate(objectives.split(",")):
+        if number and "MASTER_PORT" in os.environ:
+            take_turns(Path(work) / f".next-{os.environ['MASTER_PORT']}-{number}")
         folder = Path(work) / objective
         (folder / "out").mkdir(parents=True, exist_ok=True)
         params = run(objective, shards=int(own), bank_shards=int(blocks or 0), epochs=EPOCHS)
