@@ -8,6 +8,7 @@ YAML text once, and writes anew only the entries of dvc.lock that changed; the b
 import fnmatch
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -45,6 +46,7 @@ def prepared() -> Iterator[Callable[[Sequence[str]], int]]:
     This process gives way to jobs that compute, since a result can wait until it is collected.
     """
     os.nice(10)
+    logging.raiseExceptions = False  # a log that a full disk does not take needs no traceback: the command says so
     from dvc.cli import main as dvc
 
     make_atomic()
