@@ -48,7 +48,7 @@ def pretrain(run: RunParams, data_folder, work, out, fingerprint):
 
 ACCOUNT = """
 import atexit, os, resource, sys
-KINDS = {"mirepro.launch.dvc": "dvc", "stage": "collect", "submitit.core._submit": "jobs", "repro": "head"}
+KINDS = {"mirepro.launch.collector": "dvc", "stage": "collect", "submitit.core._submit": "jobs", "repro": "head"}
 
 STARTED, exit = os.getpid(), os._exit
 
