@@ -127,8 +127,11 @@ def test_a_killed_parent(parent: Parent, tmp_path: Path) -> None:
 def test_children_are_known_as_dvc() -> None:
     """By their command line, so that what they claim is not taken from them; control: another process."""
     for words, known in ((["-m", "mirepro.launch.collector"], True), (["-m", "mirepro.launch.nursery"], False)):
-        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", *words])
+        command = [sys.executable, "-c", "import time; print(flush=True); time.sleep(600)", *words]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
         try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"\n"  # it runs, and has its command line
             assert dvc._is_dvc(process.pid) == known
         finally:
             process.kill()

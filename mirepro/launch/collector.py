@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mirepro.errors import UserError
@@ -141,6 +142,8 @@ def serve(dvc: Callable[[Sequence[str]], int]) -> int:
             if pid == 0:
                 _detach(log)
                 return dvc(arguments)
+            with suppress(OSError):
+                os.setpgid(pid, pid)  # both do it, so that the group is there whoever comes first
             os.close(held)
             pids[end] = pid
             _say(pid)
@@ -152,7 +155,7 @@ def _say(*numbers: int) -> None:
 
 def _detach(log: str) -> None:
     """A process group of its own, no input, output to the end of the log."""
-    os.setsid()
+    os.setpgid(0, 0)
     nothing = os.open(os.devnull, os.O_RDONLY)
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     for source, stream in ((nothing, 0), (output, 1), (output, 2)):
