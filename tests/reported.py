@@ -82,7 +82,8 @@ def write_detection(root: Path, row: str, run: str) -> None:
         known = files.read_json(path)["cells"] if path.exists() else {}
         merged = {**known, **cells("%", "torchvision recipe, lr chosen on val", **content)}
         grid = {"0.002": {"score": 1.0}, "0.008": {"score": 3.0}, "0.004": {"score": 2.0}}
-        detail = {"grid": grid, "trials": 3, "oks_sigmas": [0.05] * 5 if model == "keypoint" else []}
+        detail = {"grid": grid, "trials": 3, "oks_sigmas": [0.05] * 5 if model == "keypoint" else [],
+                  "images_seen": {"tuned": 1600, "long": 3200}, "parameters": 267_141}  # fmt: skip
         head = {"schema": "mirepro.metrics/1", "run": run, "row": row, "seed": 0}
         files.write_json(path, {**head, "cells": merged, "detail": detail})
     rle = {"size": [64, 64], "counts": [64 * 10 + 10, *([20, 44] * 19), 20, 64 * 35 - 30]}

@@ -9,7 +9,7 @@ import reported
 from reported import KEY, LAYOUT
 
 from mirepro import files, objectives
-from mirepro.report import facts, page, tables, text
+from mirepro.report import facts, metrics, page, tables, text
 from mirepro.report.metrics import Record
 
 RATES = "lr grid 5e-05, 0.0001 (2 trials)"
@@ -84,6 +84,15 @@ def test_tables_have_grids_and_sigmas(made: Path) -> None:
     (keypoints,) = protocols(made, "T4", "keypoint_AP_tuned")
     assert keypoints.startswith(f"{chosen}; OKS sigma 0.05")
     assert not any("sigma" in line for line in protocols(made, "T2", "box_AP_tuned"))  # control
+
+
+def test_a_detector_has_its_budget_beside_it(made: Path) -> None:
+    for name in ("T2", "T3", "T4"):
+        content = table(made, name)
+        heading, columns = text.groups(content)[-1]
+        assert heading == "Budget"
+        assert text.cells(content["rows"][0], columns) == ["1,600", "3,200", "267,141", "3"]
+    assert tables.precision_columns("box", [[record("box_AP_tuned", {})]]) == ["box_AP_tuned"]  # control
 
 
 def test_unverified_definitions_are_those_of_the_documentation(root: Path) -> None:
@@ -162,7 +171,7 @@ def test_ablations_show_the_authors_protocol(made: Path) -> None:
 
 
 def test_every_column_is_an_accuracy_or_says_what_it_is(made: Path) -> None:
-    columns = {column for name in ("T1", "T6", "T7") for column in tables.COLUMNS[name]}
+    columns = {column for name in ("T1", "T6", "T7") for column in tables.COLUMNS[name]} | {*metrics.BUDGET}
     needless = {*tables.ACCURACY} - {"linear_author_flat"}  # whose name does not say for how many epochs
     assert columns - needless == set(facts.MEANINGS)
     for name, shown in (("T1", "covariance rank"), ("T6", "own-row copies"), ("T5", None)):

@@ -135,7 +135,7 @@ def _part(root: Path, profile: Profile, table: str, run: str, column: str, memo:
     folder = root / "metrics" / profile.name
     if table in metrics.MODELS:
         name = f"{run}-{metrics.MODELS[table]}"
-        entry = _load(folder / "detect" / f"{name}.json", memo).get("cells", {}).get(column)
+        entry = metrics.detected(_load(folder / "detect" / f"{name}.json", memo)).get(column)
         return Part(run, f"detect@{name}", None if _absent(entry) else entry)
     evaluated = _load(folder / "evaluate" / f"{run}.json", memo).get("cells", {})
     if column in evaluated:

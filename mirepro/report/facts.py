@@ -31,8 +31,10 @@ MEANINGS = {
     "alignment": "mean squared distance of two views of an image of val (cmc and its kin: of L and ab), 0 to 4",
     "uniformity": "log of the mean of exp(-2 squared distance) of different images of val, of one view: 0 where they "
                   "are one point",
-    "images_seen": "training images drawn",
-    "parameters": "trainable parameters of the encoders",
+    "images_seen": "training images drawn; of a detector's schedule, without those of the encoder's pretraining",
+    "images_seen_long": "the same on the long schedule",
+    "parameters": "trainable parameters of the encoders; of the whole detector where one is trained",
+    "trials": "learning rates tried on val, each a schedule of its own",
 }  # fmt: skip
 """What the columns of trained rows are that are not accuracies or COCO's own."""
 

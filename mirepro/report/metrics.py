@@ -14,6 +14,8 @@ PRIMARY = ("linear_flat", "linear_author_flat")
 """T1's column for headlines: the first that was measured."""
 MODELS = {"T2": "mask", "T3": "mask", "T4": "keypoint", "T8": "voc", "T9": "lvis", "T10": "lvis"}
 """End of the names of the detection runs that a table reads: the model, or the data set where it is not COCO."""
+BUDGET = ("images_seen", "images_seen_long", "parameters", "trials")
+"""What a detector cost, as columns."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def record(root: Path, profile: str, table: str, run: str) -> Record:
     folder = root / "metrics" / profile
     if table in MODELS:
         content = read(folder / "detect" / f"{run}-{MODELS[table]}.json")
-        return _record(run, content, {})
+        return _record(run, {**content, "cells": detected(content)}, {})
     content = read(folder / "evaluate" / f"{run}.json")
     training = folder / "pretrain" / f"{run}.json"
     before = read(training)["cells"] if training.exists() else {}
@@ -63,6 +65,15 @@ def record(root: Path, profile: str, table: str, run: str) -> Record:
 def _record(run: str, content: Mapping[str, Any], before: Mapping[str, Any]) -> Record:
     cells, detail = {**before, **content["cells"]}, content.get("detail") or {}
     return Record(run, content.get("seed"), cells, row=content.get("row", run), detail=detail)
+
+
+def detected(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The cells of a detection's metrics, and its budget, which stands in their detail, as cells."""
+    detail = content.get("detail") or {}
+    seen = detail.get("images_seen") or {}
+    values = (seen.get("tuned"), seen.get("long"), detail.get("parameters"), detail.get("trials"))
+    spent = {name: value for name, value in zip(BUDGET, values, strict=True) if value is not None}
+    return {**content["cells"], **{name: {"value": spent[name], "unit": "count", "protocol": ""} for name in spent}}
 
 
 def controls(root: Path, profile: str) -> dict[str, Record]:

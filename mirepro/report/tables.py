@@ -142,8 +142,9 @@ def entry(
 
 
 def precision_columns(task: str, rows: Iterable[list[metrics.Record]]) -> list[str]:
-    """`<task>_<stat>_<variant>` of the cells present: AP, AP50, AP75 of every variant first, then the rest."""
-    names = {name for records in rows for item in records for name in item.cells if name.startswith(f"{task}_")}
+    """`<task>_<stat>_<variant>` of the cells present: AP, AP50, AP75 of every variant, the rest, the budget."""
+    present = {name for records in rows for item in records for name in item.cells}
+    names = {name for name in present if name.startswith(f"{task}_")}
 
     def order(name: str) -> tuple[bool, int, int, str]:
         statistic, _, variant = name.removeprefix(f"{task}_").rpartition("_")
@@ -153,7 +154,7 @@ def precision_columns(task: str, rows: Iterable[list[metrics.Record]]) -> list[s
 
     if not names:
         raise UserError(f"metrics: no detection run has a {task}_* cell; run the detect stages again")
-    return sorted(names, key=order)
+    return [*sorted(names, key=order), *(name for name in metrics.BUDGET if name in present)]
 
 
 def toy(content: Mapping[str, Any]) -> Table:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mirepro.metrics import BY_FORM
-from mirepro.report.metrics import MODELS
+from mirepro.report.metrics import BUDGET, MODELS
 
 ABSENT = "n/a"
 NAMES = {
@@ -26,7 +26,9 @@ NAMES = {
     "own_copies": "own-row copies",
     "same_class_share": "same-class share",
     "images_seen": "images seen",
+    "images_seen_long": "images seen, long",
     "parameters": "parameters",
+    "trials": "tuning trials",
     "covariance_rank": "covariance rank",
     "alignment": "alignment",
     "uniformity": "uniformity",
@@ -36,7 +38,7 @@ NAMES = {
     "sd": "redraw sd",
     "certified": "certified",
 }
-COUNTS = ("images_seen", "parameters")
+COUNTS = BUDGET
 DECIMALS = {"%": 1, "nats": 3}
 GROUPS = {
     "T1": (("Accuracy", 8), ("Mutual information and budget", 9), ("Signs of collapse", 3)),
@@ -49,8 +51,10 @@ def groups(table: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     columns, name = list(table["columns"]), table["table"]
     if name in MODELS:
         main = [column for column in columns if _statistic(column) in ("AP", "AP50", "AP75", "VOC07", "VOC10")]
-        rest = [column for column in columns if column not in main]
-        return [("Average precision", main), *([("All other COCO numbers", rest)] if rest else [])]
+        budget = [column for column in columns if column in BUDGET]
+        rest = [column for column in columns if column not in (*main, *budget)]
+        parts = (("Average precision", main), ("All other COCO numbers", rest), ("Budget", budget))
+        return [part for part in parts if part[1]]
     result, start = [], 0
     for heading, count in GROUPS.get(name, (("", len(columns)),)):
         result.append((heading, columns[start : start + count]))
