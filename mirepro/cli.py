@@ -197,7 +197,10 @@ def audit(
         str, typer.Argument(envvar="MIREPRO_AUDIT_SOURCE", help="a folder, FOLDER@REVISION, or a git URL[@REVISION]")
     ] = "",
     level: Annotated[int, typer.Option(help="0 verify, 1 recompute tables, 2 evaluate again, 3 train again")] = 1,
-    select: Annotated[list[str] | None, typer.Option(help="what to run again: T1, 'evaluate@ir-*', ...")] = None,
+    select: Annotated[
+        list[str] | None,
+        typer.Option(help="what to run again: T1, 'detect@*', ...; else all, at level 2 all but detections"),
+    ] = None,
     profile: ProfileName = "desk",
     policy: Annotated[Path | None, typer.Option(help="judge by this file, not by the source's audit.yaml")] = None,
     publisher_key: Annotated[Path | None, typer.Option(help="public key that must have signed the release")] = None,

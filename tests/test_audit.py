@@ -15,7 +15,21 @@ from typing import Any
 import pytest
 from audited import Project, commit
 
-from mirepro.audit import conclusion, integrity, levels, output, page, release, sandbox, selftest, source, statement
+from mirepro import profiles
+from mirepro.audit import (
+    cells,
+    conclusion,
+    integrity,
+    levels,
+    output,
+    page,
+    release,
+    rerun,
+    sandbox,
+    selftest,
+    source,
+    statement,
+)
 from mirepro.audit.levels import Options
 from mirepro.errors import UserError
 
@@ -362,6 +376,24 @@ def test_rules_that_fresh_seeds_do_not_serve_are_named(tmp_path: Path) -> None:
     gathered.committed = committed[:1]
     assert levels._fresh_check(options, gathered)[0].status == "pass"
     assert levels._fresh_check(replace(options, seeds=0), gathered) == []
+
+
+def test_detectors_are_trained_where_they_are_asked_for(root: Path) -> None:
+    """Level 2 takes pinned weights, and nothing of a detector is pinned; the check says what it leaves out."""
+    profile = profiles.load(root, "desk")
+    committed = cells.collect(root, profile, cells.read(root / "tables" / "desk"))
+
+    def kinds(level: int, *select: str) -> set[str]:
+        return {stage.partition("@")[0] for stage in rerun.plan(profile, committed, level, select).stages}
+
+    assert kinds(2) == {"evaluate", "controls", "toy"}
+    assert kinds(2, "T2") == kinds(2, "detect@*") == {"detect"}
+    assert kinds(3) == {"pretrain", "evaluate", "detect", "controls", "toy"}
+    gathered = SimpleNamespace(committed=committed)
+    (check,) = levels._detection_check(Options("", Path(), 2), gathered)
+    assert (check.status, check.detail.split(":")[0]) == ("not checked", "14 stages train detectors")
+    for options in (Options("", Path(), 2, select=("T1",)), Options("", Path(), 1), Options("", Path(), 3)):
+        assert not levels._detection_check(options, gathered)  # control
 
 
 def test_page_is_self_contained(good: tuple[Path, Path]) -> None:

@@ -288,7 +288,7 @@ def assemble(
     """The content of report.json."""
     judged = evidence.judge(gathered) if gathered else []
     ordinal, open_ones = conclusion.judge_claims(audited, gathered, work) if gathered else ([], [])
-    checks = [*checks, *open_ones, *_fresh_check(options, gathered)]
+    checks = [*checks, *open_ones, *_fresh_check(options, gathered), *_detection_check(options, gathered)]
     overall, why = conclusion.conclude(options.level, checks, judged, controls, ordinal)
     tier, threads = audited.profile.tier, audited.profile.threads
     key = determinism.key(tier, threads)
@@ -320,3 +320,13 @@ def _fresh_check(options: Options, gathered: Gathered | None) -> list[Check]:
         return [Check("fresh seeds", PASS, f"every tost rule is of cells of {policy.FRESH}, which fresh seeds measure")]
     words = f"only cells of {policy.FRESH} are measured with fresh seeds; others under tost cannot be EQUIVALENT"
     return [Check("fresh seeds", UNKNOWN, words, [f"{table}: {count} cells" for table, count in beyond.items()])]
+
+
+def _detection_check(options: Options, gathered: Gathered | None) -> list[Check]:
+    """Says so where detectors, which only the most patient ask for, stay as they were committed."""
+    if options.level != 2 or options.select or gathered is None:
+        return []
+    parts = (part.stage for cell in gathered.committed for part in cell.parts)
+    left = sorted({stage for stage in parts if stage.startswith("detect@")})
+    words = f"{len(left)} stages train detectors: recomputed from their metrics only; --select 'detect@*', or level 3"
+    return [Check("detections", UNKNOWN, words)] if left else []

@@ -3,7 +3,7 @@
 import fnmatch
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -67,7 +67,10 @@ class Plan:
 
 
 def plan(profile: Profile, cells: Sequence[Cell], level: int, select: Sequence[str], seeds: int = 0) -> Plan:
-    """Chooses the stages: those that `select` names, or that measure a table it names; none means all.
+    """Chooses the stages: those that `select` names, or that measure a table it names.
+
+    Without a selection all of them; at level 2, which takes trained weights as they are pinned, all but the detections:
+    they train a detector each, of which nothing is pinned.
 
     Raises:
         UserError: A pattern names nothing.
@@ -78,7 +81,7 @@ def plan(profile: Profile, cells: Sequence[Cell], level: int, select: Sequence[s
     for cell in cells:
         tables.setdefault(cell.address[0], set()).update(part.stage for part in cell.parts)
     chosen: set[str] = set()
-    for pattern in select or ["*"]:
+    for pattern in select or (["*"] if level > 2 else sorted(quick(measured))):
         found = tables.get(pattern) or {stage for stage in measured if fnmatch.fnmatchcase(stage, pattern)}
         if not found:
             raise UserError(f"--select {pattern}: no table and no stage is called so; try T1 or 'evaluate@ir-*'")
@@ -88,6 +91,11 @@ def plan(profile: Profile, cells: Sequence[Cell], level: int, select: Sequence[s
     result = Plan(_chains(profile, chosen))
     _add_fresh(profile, result, seeds)
     return result
+
+
+def quick(stages: Iterable[str]) -> set[str]:
+    """The stages that train neither encoder nor detector."""
+    return {stage for stage in stages if stage.partition("@")[0] not in ("pretrain", "detect")}
 
 
 def _chains(profile: Profile, chosen: set[str]) -> list[list[str]]:
