@@ -7,6 +7,7 @@ import pytest
 from test_ledger import Fake, Killed, make
 from typer.testing import CliRunner
 
+from mirepro.errors import UserError
 from mirepro.launch import commands
 from mirepro.launch.launcher import Launcher
 from mirepro.launch.ledger import Attempt, Ledger
@@ -90,6 +91,31 @@ def test_a_site_without_a_right_file_hides_no_other_jobs(tmp_path: Path, jobs: J
     assert "ABSENT" in lines["right"]
     assert "SUBMITTING" in lines["begun"]
     assert jobs("prune", "--days", "0") == "1 entries removed\n"
-    assert {entry.stage for entry in Ledger(tmp_path).entries()} == {"renamed", "broken", "begun"}
+    assert {entry.stage for entry in Ledger(tmp_path).entries(pytest.fail)} == {"renamed", "broken", "begun"}
     assert "renamed: given up, not stopped (MIREPRO_LAUNCH: 'moon': no file" in jobs("cancel", "renamed")
     assert jobs("prune", "--days", "0") == "1 entries removed\n"
+
+
+def test_a_damaged_entry_is_named_and_the_others_are_shown(tmp_path: Path, jobs: Jobs) -> None:
+    write(tmp_path, "right", "local", Attempt("t", "right", "submitted", Local().cluster(), f"{2**22}.1", 1.0))
+    (tmp_path / ".mirepro/jobs/x.json").write_text("{")
+    result = CliRunner().invoke(commands.jobs_app, ["list"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert " right " in result.stdout
+    assert f"{tmp_path}/.mirepro/jobs/x.json" in result.stderr
+
+
+def test_a_submission_to_another_cluster_is_not_made_again_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: Jobs
+) -> None:
+    fake = cut_short(tmp_path, monkeypatch, "after")
+    launcher, ticket = make(tmp_path, fake)
+    monkeypatch.setattr(Fake, "cluster", lambda self: "other")
+    with pytest.raises(UserError, match=r"its submission to fake was cut short, and this is other; run there, or del"):
+        launcher.start(ticket).poll()
+    assert "not cancelled" in jobs("cancel", "pretrain@a")
+    assert len(fake.jobs) == 1
+    monkeypatch.undo()  # control: the job is found where it is
+    launcher, ticket = make(tmp_path, fake)
+    launcher.start(ticket).poll()
+    assert len(fake.jobs) == 1

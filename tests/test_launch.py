@@ -230,6 +230,16 @@ def test_the_probe_refuses_a_section_without_the_gpus_that_a_profile_needs(
     assert list(probe.probe(tmp_path, "here", on_gpus=("pretrain",))), "control"
 
 
+def test_the_probe_refuses_ranks_that_cannot_share_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "create", lambda place: Lingering())
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/here.toml").write_text("executor = 'local'\n[pretrain]\ntasks = 4\n")
+    message = r"here: nodes, tasks: 4 ranks cannot share pretrain\.bank_shards 6 equally; ask for 1, 2, 3, 6 of them"
+    with pytest.raises(UserError, match=message):
+        list(probe.probe(tmp_path, "here", shards={"pretrain.shards": 8, "pretrain.bank_shards": 6}))
+    assert list(probe.probe(tmp_path, "here", shards={"pretrain.shards": 8, "pretrain.bank_shards": 4})), "control"
+
+
 @pytest.fixture
 def miniature(root: Path, tmp_path: Path) -> Miniature:
     """A miniature whose jobs run on this machine."""

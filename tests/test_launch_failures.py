@@ -123,7 +123,7 @@ def test_a_refusal_is_one_line(tmp_path: Path) -> None:
 
 def printed(handle: Handle, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
     """What `mirepro jobs logs` prints."""
-    (entry,) = handle._launcher.ledger.entries()
+    (entry,) = handle._launcher.ledger.entries(pytest.fail)
     known = commands.Known(entry, entry.attempts[-1], handle._launcher)
     monkeypatch.setattr(commands, "select", lambda *_: [known])
     return CliRunner().invoke(commands.jobs_app, ["logs", *words, "7"]).stdout

@@ -125,7 +125,8 @@ def test_the_command(cluster: Cluster, root: Path, tmp_path: Path) -> None:
     (miniature.root / "launch").mkdir()
     for text, code, out, error in (
         ("[all]\ntime = 30", 0, "accepted", ""),
-        ("[pretrain]\nnodes = 3", 2, "slurm on mir", "pretrain.nodes: 3, and main has 2; lower it"),
+        ("[pretrain]\npartition = 'moon'", 2, "slurm on mir", "pretrain.partition: 'moon' is unknown to the cluster"),
+        ("[pretrain]\nnodes = 3", 2, "", "here: nodes, tasks: 3 ranks cannot share pretrain.shards 1 equally"),
     ):
         (miniature.root / "launch" / "here.toml").write_text(f"{text}\n")
         result = miniature.run("launch", "check", "here")

@@ -90,6 +90,15 @@ def test_accounts_keep_both_jobs_of_a_reused_id(clients: Clients, lines: list[st
     assert Slurm(0.0).status(ATTEMPT, NAME).state == state
 
 
+@pytest.mark.parametrize(("words", "asked"), [("Slurm accounting storage is disabled", 1), ("no permission", 2)])
+def test_accounts_are_given_up_only_where_there_are_none(clients: Clients, words: str, asked: int) -> None:
+    calls = clients.folder / "calls"
+    clients._write("sacct", f"echo >> {calls}\necho '{words}' >&2\nexit 1")
+    cluster = Slurm(0.0)
+    assert [cluster.status(ATTEMPT, NAME).phase for _ in range(2)] == ["absent", "absent"]
+    assert len(calls.read_text()) == asked
+
+
 def test_a_job_of_another_cluster_is_not_asked_about_here(clients: Clients) -> None:
     """Control: the same attempt on its own cluster."""
     clients.says("squeue", OWN)

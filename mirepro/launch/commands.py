@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def known(root: Path) -> list[Known]:
     """All entries that ever had a job; launchers are shared per site."""
     launchers: dict[str, Launcher] = {}
     found = []
-    for entry in Ledger(root).entries():
+    for entry in Ledger(root).entries(lambda error: print(f"mirepro: {error}", file=sys.stderr)):
         attempts = [*entry.past, *entry.attempts]
         if attempts:
             if entry.site not in launchers:
@@ -216,5 +217,7 @@ def check(
     root = profiles.find_root()
     chosen = profiles.load(root, profile)
     on_gpus = [kind for kind in stages.JOBS if (chosen.values.get(kind) or {}).get("device") == "cuda"]
-    for line in probe(root, name, chosen.threads, on_gpus):
+    pretrain = chosen.values["pretrain"]
+    shards = {f"pretrain.{key}": int(pretrain[key]) for key in ("shards", "bank_shards") if pretrain.get(key)}
+    for line in probe(root, name, chosen.threads, on_gpus, shards):
         print(line, flush=True)

@@ -92,11 +92,15 @@ class Launcher:
 
         Raises:
             Unreachable: The scheduler does not answer.
-            UserError: It cannot be asked.
+            UserError: It cannot be asked, or the job would be another cluster's.
         """
         last = entry.last
         if last is None or last.state != "submitting":
             return
+        there, here = (place.partition(":")[0] for place in (last.cluster, self.scheduler.cluster()))
+        if there not in ("", here):
+            place = f"{entry.stage}: its submission to {there} was cut short, and this is {here}"
+            raise UserError(f"{place}; run there, or delete {self.ledger.path(entry.fingerprint)} to give that job up")
         folder = self.root / last.folder
         job = self.scheduler.find(name(entry.stage, last), folder)
         if job is None:

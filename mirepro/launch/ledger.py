@@ -4,7 +4,7 @@ import dataclasses
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,8 +257,17 @@ class Ledger:
         """Writes an entry; call it inside `locked`."""
         files.write_json(self.path(entry.fingerprint), {"schema": SCHEMA} | dataclasses.asdict(entry))
 
-    def entries(self) -> list[Entry]:
-        """All entries, the oldest submission first."""
-        found = [self.read(path.stem) for path in self.folder.glob("*.json")]
+    def entries(self, complain: Callable[[UserError], None]) -> list[Entry]:
+        """All entries, the oldest submission first.
+
+        Args:
+            complain: Hears of a damaged one, which is left out.
+        """
+        found = []
+        for path in sorted(self.folder.glob("*.json")):
+            try:
+                found.append(self.read(path.stem))
+            except UserError as error:
+                complain(error)
         newest = {e.fingerprint: max((a.submitted for a in [*e.past, *e.attempts]), default=0.0) for e in found if e}
         return sorted((entry for entry in found if entry), key=lambda entry: newest[entry.fingerprint])

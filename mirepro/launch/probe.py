@@ -5,7 +5,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +40,9 @@ class Probe:
         files.write_json(self.folder / f"report-{ranks.identity()[0]}.json", {"node": node})
 
 
-def probe(root: Path, name: str, threads: int = 1, on_gpus: Collection[str] = ()) -> Iterator[str]:
+def probe(
+    root: Path, name: str, threads: int = 1, on_gpus: Collection[str] = (), shards: Mapping[str, int] | None = None
+) -> Iterator[str]:
     """Checks a site; yields a line for everything that is right.
 
     Args:
@@ -48,6 +50,7 @@ def probe(root: Path, name: str, threads: int = 1, on_gpus: Collection[str] = ()
         name: The site's name.
         threads: Cores of a task, where a section names none.
         on_gpus: Classes of stages that compute on GPUs.
+        shards: By their keys, the numbers that the ranks of a pretraining have to divide.
 
     Raises:
         UserError: The site file is wrong, the cluster refuses what it asks for, or the job does not come back.
@@ -57,6 +60,8 @@ def probe(root: Path, name: str, threads: int = 1, on_gpus: Collection[str] = ()
         if not place.section(kind).gpus:
             remedy = f"set gpus to the section's tasks ({place.section(kind).tasks}), or {kind}.device to cpu"
             raise UserError(f"{name}: gpus: {kind} asks for none, but {kind}.device is cuda in this profile; {remedy}")
+    for key, number in (shards or {}).items():
+        divides(place.section("pretrain"), key, number, name)
     scheduler = create(place)
     try:
         yield f"{name}: {place.executor} on {scheduler.cluster()}"
@@ -71,6 +76,20 @@ def probe(root: Path, name: str, threads: int = 1, on_gpus: Collection[str] = ()
             yield check.run()
     except Unreachable as error:
         raise UserError(f"{name}: the scheduler does not answer ({error}); try again later") from error
+
+
+def divides(section: Section, key: str, number: int, name: str) -> None:
+    """Refuses a section whose ranks could not share a pretraining.
+
+    Raises:
+        UserError: The number of ranks does not divide the number of shards.
+    """
+    count = section.nodes * section.tasks
+    if number % count:
+        several = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+        raise UserError(
+            f"{name}: nodes, tasks: {count} ranks cannot share {key} {number} equally; ask for {several} of them"
+        )
 
 
 @dataclass(frozen=True)

@@ -173,8 +173,8 @@ class Slurm:
         form = ("--noheader", "--parsable2", "--allocations", "--starttime=1970-01-01")
         try:
             text = command("sacct", *form, "--format=JobID,JobName,Submit,State,NodeList,ExitCode", *words)
-        except UserError:
-            self._accounting = False
+        except UserError as error:
+            self._accounting = re.search("is disabled|no such command", str(error)) is None
             return []
         return [row for row in map(_row, text.splitlines()) if row]
 
