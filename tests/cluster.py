@@ -138,13 +138,15 @@ class Cluster:
         patience: Seconds until a silent node counts as down.
         age: Seconds that the controller remembers a finished job.
         cpus: CPUs of each node, whatever this machine has.
+        gpus: Made up ones of each node: files that Slurm hands out as it does devices.
         extra: A further line of slurm.conf.
     """
 
     def __init__(
-        self, folder: Path, accounts: bool = False, patience: int = 300, age: int = 300, cpus: int = 2, extra: str = ""
-    ) -> None:
-        self.folder, self._accounts, self._cpus = folder, accounts, cpus
+        self, folder: Path, accounts: bool = False, patience: int = 300, age: int = 300, cpus: int = 2, gpus: int = 0,
+        extra: str = "",
+    ) -> None:  # fmt: skip
+        self.folder, self._accounts, self._cpus, self._gpus = folder, accounts, cpus, gpus
         self._name = f"mir{secrets.token_hex(3)}"
         self._port, self._dbd, self._sql = _free_ports()
         for name in ("state", "log", "run", "etc"):
@@ -228,7 +230,8 @@ class Cluster:
             lines = ("Type=accounting_storage/slurmdbd", "Host=localhost", f"Port={self._dbd}")
             accounting = "\n".join(f"AccountingStorage{line}" for line in (*lines, f"Pass={folder}/run/munge.sock"))
         common = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={self._cpus} RealMemory=2000 State=UNKNOWN"
-        nodes = "\n".join(f"NodeName=n{i} Port={self._port + i} {common}" for i in (1, 2))
+        nodes = "\n".join(f"NodeName=n{i} Port={self._port + i} {common}{self._devices()}" for i in (1, 2))
+        nodes = f"GresTypes=gpu\n{nodes}"
         values = {"name": self._name, "host": host, "folder": folder, "port": self._port, "nodes": nodes}
         values["silence"] = SILENCE
         text = CONF.format(**values, **options, accounting=accounting)
@@ -237,6 +240,16 @@ class Cluster:
         dbd = folder / "etc" / "slurmdbd.conf"
         dbd.write_text(DBD_CONF.format(folder=folder, dbd=self._dbd, sql=self._sql))
         dbd.chmod(0o600)
+
+    def _devices(self) -> str:
+        """A node's share in slurm.conf; writes gres.conf and its files."""
+        if not self._gpus:
+            return ""
+        for i in range(self._gpus):
+            (self.folder / "etc" / f"gpu{i}").touch()
+        span = f"{self.folder}/etc/gpu[0-{self._gpus - 1}]"
+        (self.folder / "etc" / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={span}\n")
+        return f" Gres=gpu:{self._gpus}"
 
     def _database(self) -> None:
         folder = self.folder / "db"

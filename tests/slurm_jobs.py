@@ -43,6 +43,17 @@ def count(work: Path, steps: int, seconds: float, stops: int = 1) -> None:
     finish(work)
 
 
+def devices(work: Path) -> None:
+    """Notes what Slurm gave to each rank, and which of it the rank would take (`ranks.connect`)."""
+    import submitit
+
+    place = submitit.JobEnvironment()
+    words = (place.node, str(place.local_rank), os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
+    (work / f"rank{place.global_rank}").write_text(" ".join(words))
+    if place.global_rank == 0:
+        finish(work)
+
+
 def hold(work: Path) -> None:
     """Ends when told to."""
     with (work / "runs").open("a") as file:
