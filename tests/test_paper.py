@@ -19,6 +19,8 @@ from mirepro import codelocks, execution, files, objectives, params, profiles, s
 from mirepro.data import imagenet
 from mirepro.errors import UserError
 from mirepro.launch import work
+from mirepro.objectives.base import Step
+from mirepro.objectives.regions import Region
 from mirepro.report import claims
 from mirepro.report.metrics import MODELS
 from mirepro.transfer import detection
@@ -32,6 +34,8 @@ SMALL = {
                  "linear": {"iterations": 20, "author_epochs": 1, "author_batch": 32, "l2": [1.0, 10.0]}},
 }  # fmt: skip
 """What the miniature shrinks; rows, objectives and stages stay the profile's own."""
+SIZE = 1_271_167
+"""Rows of the paper's bank."""
 OPTIONS: dict[str, Any] = {"k": 8, "queue": 40, "n_clusters": 6, "n_clusterings": 2, "classes": 3, "outer": 0.5}
 
 
@@ -100,6 +104,35 @@ def test_every_objective_and_every_table_is_there(paper: profiles.Profile) -> No
     assert wanted == set(paper.detect_runs)
     ends = {"coco": ("mask", "keypoint"), "voc": ("voc",), "lvis": ("lvis",)}
     assert all(name.rpartition("-")[2] in ends[entry.data] for name, entry in paper.detect_runs.items())
+
+
+def trained(profile: profiles.Profile, name: str) -> str:
+    """What a run trains: ranks at the paper's bank stand for the options that only choose them."""
+    run = profile.run(name)
+    objective = objectives.create(run.objective, run.options)
+    if not isinstance(objective, Region):
+        return repr((run.objective, run.options, run.pretrain))
+    options = {
+        key: value for key, value in run.options.items() if key not in ("outer", "inner", "inner_of", "background")
+    }
+    region = [objective.region(SIZE, Step(0, step, 100)) for step in (0, 99)]
+    return repr((run.objective, options, region, run.pretrain))
+
+
+@pytest.mark.parametrize("name", ["imagenet", "cifar10", "cifar10_cpu", "desk"])
+def test_every_row_of_an_ablation_trains_something_else(root: Path, name: str) -> None:
+    profile = profiles.load(root, name)
+    for table in ("T6", "T7"):
+        runs = [run for row in profile.values["tables"].get(table, {"rows": {}})["rows"].values() for run in row]
+        assert len({trained(profile, run) for run in runs}) == len(runs)
+    assert trained(profile, "ball-s0") == trained(profile, "ball-s1")  # control: two seeds of one row
+    rows = {row: {"objective": "la", "options": {"k": 64, "outer": outer, "background": size}} for row, size, outer in
+            (("a", 4096, 0.1), ("b", 4096, 0.05), ("c", 1024, 0.1))}  # fmt: skip
+    runs = {f"{row}-s0": {"row": row, "objective": "la", "seed": 0} for row in rows}
+    more = {key: profile.values[key] | extra for key, extra in (("rows", rows), ("runs", runs))}
+    larger = dataclasses.replace(profile, values=profile.values | more)
+    one, same, other = (trained(larger, run) for run in runs)
+    assert one == same != other  # the background is smaller than either ball
 
 
 def test_sizes_are_those_of_the_closest_code(paper: profiles.Profile) -> None:
