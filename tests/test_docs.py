@@ -115,7 +115,7 @@ def test_overhead_is_what_was_measured() -> None:
     """The differences to plain sbatch, from the benchmark's files; all of them are under 3 s."""
     text = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| Zen [^|]*\| ([\d.]+) \| ([\d.]+) to ([\d.]+) \| `([^`]+)` \|$", text, re.MULTILINE)
-    assert len(rows) == 4
+    assert len(rows) == 5
     for *said, name in rows:
         seconds = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["overhead"]["all"]
         slow, plain = seconds["command by the launcher"], seconds["command by sbatch"]
@@ -125,3 +125,17 @@ def test_overhead_is_what_was_measured() -> None:
         assert max(each) < 3
         assert (max(slow) == 3.12) == (name == "2026-11-30-zen3-launch-together.json")
         assert sum(value > 3 for value in slow) == (max(slow) == 3.12)
+
+
+def test_many_stages_took_what_the_page_says() -> None:
+    """Of the newest 20 runs: their range in seconds and in times of the ideal, the median, none lost."""
+    text = " ".join((ROOT / "docs" / "slurm.md").read_text(encoding="utf-8").split())
+    said = re.search(r"(\d+) to (\d+) s, ([\d.]+) to ([\d.]+) times the ideal 80 s, median ([\d.]+) \(`([^`]+)`\)", text)
+    assert said is not None
+    runs = json.loads((ROOT / said[6]).read_text())["many"]
+    assert len(runs) == 20
+    assert {run["collected"] for run in runs} == {64}
+    walls, ratios = ([run[key] for run in runs] for key in ("wall", "ratio"))
+    assert [f"{min(walls):.0f}", f"{max(walls):.0f}"] == [said[1], said[2]]
+    assert [f"{value:.2f}" for value in (min(ratios), max(ratios), statistics.median(ratios))] == [*said.groups()[2:5]]
+    assert max(ratios) <= 1.3
