@@ -130,7 +130,8 @@ def test_overhead_is_what_was_measured() -> None:
 def test_many_stages_took_what_the_page_says() -> None:
     """Of the newest 20 runs: their range in seconds and in times of the ideal, the median, none lost."""
     text = " ".join((ROOT / "docs" / "slurm.md").read_text(encoding="utf-8").split())
-    said = re.search(r"(\d+) to (\d+) s, ([\d.]+) to ([\d.]+) times the ideal 80 s, median ([\d.]+) \(`([^`]+)`\)", text)
+    figures = r"(\d+) to (\d+) s, ([\d.]+) to ([\d.]+) times the ideal 80 s, median ([\d.]+) \(`([^`]+)`\)"
+    said = re.search(figures, text)
     assert said is not None
     runs = json.loads((ROOT / said[6]).read_text())["many"]
     assert len(runs) == 20

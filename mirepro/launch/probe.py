@@ -78,13 +78,18 @@ def probe(
         raise UserError(f"{name}: the scheduler does not answer ({error}); try again later") from error
 
 
+def tasks(section: Section) -> int:
+    """All ranks of a job."""
+    return section.tasks * section.nodes
+
+
 def divides(section: Section, key: str, number: int, name: str) -> None:
     """Refuses a section whose ranks could not share a pretraining.
 
     Raises:
         UserError: The number of ranks does not divide the number of shards.
     """
-    count = section.nodes * section.tasks
+    count = tasks(section)
     if number % count:
         several = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
         raise UserError(
@@ -124,7 +129,7 @@ class Check:
     def run(self) -> str:
         """What came of a probe of the section's size, or of one task where that would have to wait."""
         section, note = dataclasses.replace(self.section, time=MINUTES, grace=GRACE), ""
-        if isinstance(self.scheduler, Slurm) and self._tasks(section) > 1:
+        if isinstance(self.scheduler, Slurm) and tasks(section) > 1:
             start = self._start(self.scheduler, section)
             if start is not None and start - time.time() > SOON:
                 note = f"; a smaller probe, because {shape(section)} would have to wait{forecast(start)}"
@@ -135,10 +140,6 @@ class Check:
         asked = dataclasses.replace(section, cpus=section.cpus or self.threads)  # for a refusal to name
         request = Request("check", self.root, self.root, Probe(self.root), asked, 0)
         return inquiry.start(scheduler, request, self.kinds[0])
-
-    def _tasks(self, section: Section) -> int:
-        """All ranks."""
-        return section.tasks * section.nodes
 
     def _submit(self, section: Section) -> str:
         """Submits a probe, waits for its end, and says where it ran."""
@@ -158,7 +159,7 @@ class Check:
                 self.scheduler.cancel(attempt, title)
                 raise
             nodes = sorted({files.read_json(path)["node"] for path in _reports(folder)})
-        what = _count(self._tasks(section), "task") + (" in the container" if section.image else "")
+        what = _count(tasks(section), "task") + (" in the container" if section.image else "")
         return f"job {label(job)} ran on {', '.join(nodes)} ({what}), back in {seconds:.1f} s"
 
     def _wait(self, attempt: Attempt, title: str, section: Section) -> None:
@@ -168,7 +169,7 @@ class Check:
             UserError: The job ended without.
         """
         folder, gone = Path(attempt.folder), 0.0
-        while len(_reports(folder)) < self._tasks(section):
+        while len(_reports(folder)) < tasks(section):
             time.sleep(0.5)
             failure = outcome(folder, attempt.job)
             if failure is not None:
@@ -186,7 +187,7 @@ class Check:
         log = folder / f"{job}_0_log.out"
         lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else ["no log"]
         last = [line for line in lines if not line.startswith("srun: ")][-1:]  # that tells of the end, not of the cause
-        came = f"{len(_reports(folder))} of {self._tasks(section)} tasks came back"
+        came = f"{len(_reports(folder))} of {tasks(section)} tasks came back"
         slow = "does a pull outlast the probe's minute? bring the image to the nodes before"
         remedy = slow if section.image else "do the nodes see this folder?"
         return f"probe on {self.place.name}: {seen}, {came} ({last}); {remedy}"
