@@ -138,7 +138,7 @@ class Cluster:
         patience: Seconds until a silent node counts as down.
         age: Seconds that the controller remembers a finished job.
         cpus: CPUs of each node, whatever this machine has.
-        gpus: Made up ones of each node: files that Slurm hands out as it does devices.
+        gpus: Made up ones of each node: names of /dev/null, which Slurm hands out as it does devices.
         extra: A further line of slurm.conf.
     """
 
@@ -230,8 +230,8 @@ class Cluster:
             lines = ("Type=accounting_storage/slurmdbd", "Host=localhost", f"Port={self._dbd}")
             accounting = "\n".join(f"AccountingStorage{line}" for line in (*lines, f"Pass={folder}/run/munge.sock"))
         common = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={self._cpus} RealMemory=2000 State=UNKNOWN"
-        nodes = "\n".join(f"NodeName=n{i} Port={self._port + i} {common}{self._devices()}" for i in (1, 2))
-        nodes = f"GresTypes=gpu\n{nodes}"
+        kinds, share = self._devices() if self._gpus else ("", "")
+        nodes = kinds + "\n".join(f"NodeName=n{i} Port={self._port + i} {common}{share}" for i in (1, 2))
         values = {"name": self._name, "host": host, "folder": folder, "port": self._port, "nodes": nodes}
         values["silence"] = SILENCE
         text = CONF.format(**values, **options, accounting=accounting)
@@ -241,15 +241,13 @@ class Cluster:
         dbd.write_text(DBD_CONF.format(folder=folder, dbd=self._dbd, sql=self._sql))
         dbd.chmod(0o600)
 
-    def _devices(self) -> str:
-        """A node's share in slurm.conf; writes gres.conf and its files."""
-        if not self._gpus:
-            return ""
+    def _devices(self) -> tuple[str, str]:
+        """The kind and a node's share of it in slurm.conf; writes gres.conf and its files."""
         for i in range(self._gpus):
-            (self.folder / "etc" / f"gpu{i}").touch()
+            (self.folder / "etc" / f"gpu{i}").symlink_to("/dev/null")
         span = f"{self.folder}/etc/gpu[0-{self._gpus - 1}]"
         (self.folder / "etc" / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={span}\n")
-        return f" Gres=gpu:{self._gpus}"
+        return "GresTypes=gpu\n", f" Gres=gpu:{self._gpus}"
 
     def _database(self) -> None:
         folder = self.folder / "db"

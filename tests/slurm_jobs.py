@@ -44,12 +44,12 @@ def count(work: Path, steps: int, seconds: float, stops: int = 1) -> None:
 
 
 def devices(work: Path) -> None:
-    """Notes what Slurm gave to each rank, and which of it the rank would take (`ranks.connect`)."""
+    """Notes each rank's node, its number there, which is that of its device (`ranks.connect`), and what Slurm gave it."""
     import submitit
 
     place = submitit.JobEnvironment()
-    words = (place.node, str(place.local_rank), os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
-    (work / f"rank{place.global_rank}").write_text(" ".join(words))
+    words = (place.node, place.local_rank, os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
+    (work / f"rank{place.global_rank}").write_text(" ".join(map(str, words)))
     if place.global_rank == 0:
         finish(work)
 

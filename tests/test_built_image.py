@@ -213,6 +213,9 @@ def is_described(built: Built) -> None:
     names = {one["name"] for one in listed}
     assert {"torch", "numpy", "libc6:amd64", "git"} <= names
     assert not {"pytest", "cyclonedx-bom", "g++"} & names  # of the build, of the tool that lists, of neither
+    partial = {one["name"] for one in listed if any(p["name"] == "mirepro:files" for p in one.get("properties", ()))}
+    assert {"torch", "triton", "nvidia-cublas"} <= partial
+    assert not {"numpy", "scipy", "dvc", "torchvision"} & partial
     debs = yaml.safe_load((built.made / "images.lock.yaml").read_text())["debs"]
     assert {"git", "libc6", "g++", "python3-venv"} <= {name.partition("=")[0] for name in debs}
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in debs.values())

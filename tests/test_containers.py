@@ -336,6 +336,13 @@ def test_provenance_names_image_and_every_input() -> None:
 PURL = re.compile(r"pkg:deb/debian/([a-z0-9.-]|%[0-9A-F]{2})+@([A-Za-z0-9.:~-]|%[0-9A-F]{2})+\?distro=bookworm")
 
 
+def test_packages_that_are_not_whole_say_so() -> None:
+    """Control: another package."""
+    listed = {"components": [{"name": "nvidia-nccl-cu13"}, {"name": "numpy"}]}
+    describe.mark(listed, {"nvidia-nccl-cu13": "of 9 files 8 left out, 1 replaced or changed"})
+    assert [len(one.get("properties", ())) for one in listed["components"]] == [1, 0]
+
+
 def faults(listed: dict[str, Any]) -> list[str]:
     """What CycloneDX asks of the components that are added here, beyond what its schema can say."""
     references = [one["bom-ref"] for one in listed["components"]]
@@ -423,6 +430,39 @@ def test_builds_that_differ_are_refused(again: str, tmp_path: Path, monkeypatch:
     finally:
         os.umask(umask)
     assert (tmp_path / "images.lock.yaml").exists() == (again == "sha256:1")
+
+
+NEWER = {"g++=4:12.2.0-4": "6" * 64}
+
+
+@pytest.mark.parametrize(
+    ("debs", "named"), [(LISTED["debs"], []), (NEWER, ["12.2.0-3", "12.2.0-4"]), ({}, ["12.2.0-3"])]
+)
+def test_locked_refuses_other_debian_packages(
+    debs: dict[str, str], named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer ones, and one that is missing; control: those of the lock."""
+    (tmp_path / "containers").mkdir()
+    (tmp_path / images.LOCK).write_text(json.dumps(LISTED))
+    store = tmp_path / "store"
+    for name, value in (("ROOT", tmp_path), ("build", lambda *_: "sha256:1"), ("context", lambda *_: None)):
+        monkeypatch.setattr(build, name, value)
+    monkeypatch.setattr(build, "inputs", lambda *_: LISTED | {"debs": debs})
+    monkeypatch.setattr(build.images, "tree", lambda root: "1" * 64)
+    monkeypatch.setattr(sys, "argv", ["build", "--locked", "--store", str(store)])
+    store.mkdir()
+    umask = os.umask(0o022)
+    try:
+        if named:
+            with pytest.raises(SystemExit, match="other Debian packages than the lock's") as refused:
+                build.main()
+            lines = str(refused.value).splitlines()[1:]
+            assert [line.partition(": ")[0] for line in lines] == [f"g++=4:{version}" for version in named]
+        else:
+            build.main()
+    finally:
+        os.umask(umask)
+    assert (store / "images.lock.yaml").exists() == (not named)
 
 
 def test_targets_are_the_same_but_for_the_packages() -> None:

@@ -16,6 +16,7 @@ from mirepro.errors import UserError
 from mirepro.launch.launcher import Launcher, label, logs_of, name
 from mirepro.launch.ledger import Attempt, Entry, Ledger, Status
 from mirepro.launch.scheduler import Lost, Unreachable
+from mirepro.params import PretrainParams
 
 jobs_app = typer.Typer(no_args_is_help=True, help="List, follow, cancel and forget the jobs of stages.")
 launch_app = typer.Typer(no_args_is_help=True, help="Check a place to run stages.")
@@ -217,7 +218,7 @@ def check(
     root = profiles.find_root()
     chosen = profiles.load(root, profile)
     on_gpus = [kind for kind in stages.JOBS if (chosen.values.get(kind) or {}).get("device") == "cuda"]
-    pretrain = chosen.values["pretrain"]
-    shards = {f"pretrain.{key}": int(pretrain[key]) for key in ("shards", "bank_shards") if pretrain.get(key)}
+    training = chosen.build(PretrainParams, "pretrain")
+    shards = {"pretrain.shards": training.shards, "pretrain.bank_shards": training.bank_shards or training.shards}
     for line in probe(root, name, chosen.threads, on_gpus, shards):
         print(line, flush=True)
