@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from mirepro import files
+from mirepro import determinism, files
 from tests.registries import serve
 from tests.test_containers import build
 
@@ -51,7 +51,7 @@ def audit(run: Callable[..., str], words: Sequence[str]) -> str:
 def measure(store: Path, target: str, words: Sequence[str], folder: Path) -> dict[str, Any]:
     """Sizes, seconds and the verdict of an audit with these options."""
     image = yaml.safe_load((store / "images.lock.yaml").read_text())["images"][target]
-    seconds: dict[str, float] = {}
+    seconds = {"build": float((store / target / "seconds").read_text())}
     load, environment = os.getloadavg()[0], build.engine(folder / "store")
     with serve(folder) as (address, _):
         reference = f"{address}/mirepro@{image['digest']}"
@@ -72,7 +72,8 @@ def measure(store: Path, target: str, words: Sequence[str], folder: Path) -> dic
     sizes = {path: int(size) for size, path in (line.split("\t") for line in parts.splitlines())}
     return {
         "target": target, **image, "megabytes": sizes,
-        "seconds": seconds, "audit": list(words), "cpus": os.cpu_count(), "verdict": verdict,
+        "seconds": seconds, "audit": list(words), "verdict": verdict, "cpus": os.cpu_count(),
+        "processor": determinism.cpu("model name"),
         "load": [round(load, 1), round(os.getloadavg()[0], 1)],
     }  # fmt: skip
 

@@ -44,7 +44,7 @@ def count(work: Path, steps: int, seconds: float, stops: int = 1) -> None:
 
 
 def devices(work: Path) -> None:
-    """Notes each rank's node, its number there, which is that of its device (`ranks.connect`), and what Slurm gave it."""
+    """Notes each rank's node, its number there, which is its device's (`ranks.connect`), and what Slurm gave it."""
     import submitit
 
     place = submitit.JobEnvironment()

@@ -309,7 +309,7 @@ def test_slurm_runs_it_by_podman_and_as_its_own_container(built: Built, cluster:
 def test_desk_stages_in_it_give_the_committed_lock(
     built: Built, cluster: Cluster, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A training and its evaluation as jobs of Slurm with the image's Python: lock and metrics are those in git."""
+    """A training, its evaluation and the toy as jobs of Slurm with the image's Python: lock and metrics are git's."""
     checkout, podman = tmp_path / "checkout", built.podman
     git(tmp_path, "clone", "-q", str(root), str(checkout))
     for extension in (root / "mirepro").glob("*.so"):
@@ -318,10 +318,11 @@ def test_desk_stages_in_it_give_the_committed_lock(
     for name in ("CONTAINERS_STORAGE_CONF", "CONTAINERS_CONF"):
         monkeypatch.setenv(name, podman.environment[name])
     monkeypatch.setenv("PYTHONPATH", str(checkout))
-    words = ("repro", "--launch", "here", "evaluate@ir-s0")
-    subprocess.run([sys.executable, "-m", "mirepro", *words], cwd=checkout, check=True)
+    for stage in ("evaluate@ir-s0", "toy"):
+        words = ("repro", "--launch", "here", stage)
+        subprocess.run([sys.executable, "-m", "mirepro", *words], cwd=checkout, check=True)
     jobs = checkout / ".mirepro/jobs"
-    assert len(list(jobs.glob("*/*/*_log.out"))) == 2, "the training and its evaluation"
+    assert len(list(jobs.glob("*/*/*_log.out"))) == 3, "the training, its evaluation, the toy"
     scripts = [path.read_text() for path in jobs.glob("*/*/*.sh")]
     assert scripts
     assert all("podman run" in script and podman.image in script for script in scripts)
