@@ -154,7 +154,9 @@ def test_a_signal_to_two_ranks_requeues_both_with_a_checkpoint(cluster: Cluster,
     assert bytes_of(bench.work / "out") == bytes_of(train(run("la", shards=2), data, tmp_path / "b"))
 
 
-@pytest.mark.parametrize("own", [{}, {"extra": "SlurmctldParameters=preempt_send_user_signal"}], indirect=True)
+@pytest.mark.parametrize(
+    "own", [{}, {"extra": "SlurmctldParameters=preempt_send_user_signal", "accounts": True}], indirect=True
+)
 def test_preemption(own: Cluster, tmp_path: Path) -> None:
     """Where a signal comes it is heeded, where none comes the job resumes from its own checkpoint."""
     told = "preempt_send_user_signal" in own.run("scontrol", "show", "config")
@@ -259,7 +261,7 @@ def test_controller_restarts(own: Cluster, tmp_path: Path, monkeypatch: pytest.M
     assert len(bench.attempts()) == 1
 
 
-@pytest.mark.parametrize("own", [{"patience": 5}], indirect=True)
+@pytest.mark.parametrize("own", [{"patience": 5, "accounts": True}], indirect=True)
 def test_node_goes_down(own: Cluster, tmp_path: Path) -> None:
     """The scheduler takes the job from the dead node and runs it on the other; it resumes."""
     bench = Bench(tmp_path, slurm_jobs.count, 2000, 0.3)
@@ -353,6 +355,14 @@ def test_a_failed_rank_ends_the_job_and_speaks_first(cluster, data, tmp_path, mo
     assert shown.index(first) > found.end()
 
 
+HERE_JOBS = """
+import pathlib
+from mirepro.launch import commands
+commands.profiles.find_root = pathlib.Path.cwd
+commands.jobs_app()
+"""
+
+
 def test_the_commands_about_jobs(cluster: Cluster, tmp_path: Path, jobs: Callable[..., str]) -> None:
     """Control: neither a job at work nor a young entry is forgotten, and another job is not cancelled."""
     other = cluster.run("sbatch", "--parsable", "--output=/dev/null", "--chdir=/", "--wrap=sleep 900")
@@ -363,8 +373,14 @@ def test_the_commands_about_jobs(cluster: Cluster, tmp_path: Path, jobs: Callabl
     assert re.search(rf"^{job} +pretrain@a +test +RUNNING +{node} ", jobs("list"), re.MULTILINE)
     assert "global_rank=0(1)" in jobs("logs", job)
     assert jobs("prune", "--days", "0") == "0 entries removed\n"
+    line = [sys.executable, "-c", HERE_JOBS, "logs", "-f", job]
+    follow = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert follow.stdout is not None
+    assert any("global_rank=0(1)" in text for text in follow.stdout), "not before the job ends"
+    assert follow.poll() is None
     assert jobs("cancel", job) == f"{job} pretrain@a: cancelled\n"
     until(lambda: cluster.run("squeue", "--noheader", "--format=%i") == other, 60, "its end")
+    assert follow.wait(60) == 0
     cluster.run("scancel", other)
     assert re.search(rf"^{job} .* CANCELLED .* cancelled by `mirepro jobs cancel`$", jobs("list"), re.MULTILINE)
     (bench.work / "go").touch()
