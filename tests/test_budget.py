@@ -180,3 +180,10 @@ def test_the_page_about_clusters_has_the_numbers_of_the_plan(paper: profiles.Pro
             said |= {name: pytest.approx([runs, core, gpu, disk]) for name in re.findall(r"T\d+", label)}
     assert said == plan
     assert said != other
+
+    whole = "\n".join(budget.lines(paper, 4e12))
+    page = (paper.root / "docs" / "slurm.md").read_text(encoding="utf-8")
+    total = re.search(r"\((\S+) GPU hours and (\d+) GB in all\)", page)
+    assert total is not None
+    assert f"a GPU at 4e+12 multiply-adds a second throughout (given, not measured): {number(total[1]):.3g} h" in whole
+    assert f"disk of the outputs: {total[2]} GB" in whole
