@@ -105,6 +105,7 @@ def exact(threads: int, count: int = 1) -> list[Digests]:
     return [json.loads(item.stdout) for item in done]
 
 
+@pytest.mark.slow
 def test_exact_results_are_equal_for_an_equal_key_and_another_number_of_threads_differs() -> None:
     (one, again), (two,) = exact(1, 2), exact(2)
     assert different(one, again) == []

@@ -143,6 +143,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(name, before, after, data, t
     assert {name: bytes_of(tmp_path / name / "out")} == whole
 
 
+@pytest.mark.slow
 def test_two_ranks_that_share_the_bank_equal_one_process_and_whole_banks_differ(data, tmp_path):
     pair = outputs(2, data, tmp_path / "2", "ring", "4:4")["ring"]
     del pair["metrics.json"]

@@ -126,6 +126,7 @@ def test_where(number):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mark", "workers"), [('@pytest.mark.xdist_group("one")', 1), ("", 2)])
 def test_a_group_of_tests_stays_on_one_worker(root: Path, tmp_path: Path, mark: str, workers: int) -> None:
     """The installed pytest and pytest-xdist fit together; the control has no group."""
