@@ -48,7 +48,8 @@ def check(found: dict[str, Any], golden: dict[str, Digests], threads: int) -> No
     assert different(found["digests"], golden[str(threads)]) == [], REGENERATE
 
 
-@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
 def test_native_digests_are_golden(golden: dict[str, Digests], threads: int) -> None:
     check(child(threads), golden, threads)
 

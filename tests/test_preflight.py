@@ -57,6 +57,7 @@ def test_impossible_values_are_named(root: Path, tmp_path: Path, change: dict[st
     assert not (tmp_path / ".mirepro").exists()
 
 
+@pytest.mark.slow
 def test_accepted_values_are_not_looked_at_again(root: Path, tmp_path: Path) -> None:
     """A second check loads no torch; after any change there is one again."""
     profile = desk(root, tmp_path, {})
