@@ -1,5 +1,6 @@
 """The committed results in a clone without data or cache: locks are current, and a sample of them comes out again."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from mirepro import profiles
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ("evaluate@ir-s0", "toy")  # with what they need: data, one pretraining
@@ -90,6 +93,26 @@ def test_the_locks_of_other_profiles_are_current(clone, lock):
     execute(clone, "mirepro", "stage", "code", "--profile", name)
     output = execute(clone, "dvc", "repro", "--dry", "--allow-missing", f"{pipeline}:pretrain@ir-s0", code=255)
     assert f"failed to reproduce '{pipeline}:pretrain@ir-s0'" in output  # control: it is stale, and needs absent data
+
+
+def named(profile: profiles.Profile) -> set[str]:
+    """Stages of the profile's pipeline."""
+    values = profile.values
+    runs = {f"{kind}@{run}" for kind in ("pretrain", "evaluate") for run in profile.runs}
+    more = {f"data@{data}" for data in values["datasets"]} | {f"detect@{run}" for run in profile.detect_runs}
+    return runs | more | {"code", "controls", "toy", "tables", "report"}
+
+
+@pytest.mark.parametrize("name", ["desk", *(lock.parent.name for lock in LOCKS)])
+def test_a_lock_names_the_stages_of_its_pipeline_alone(name):
+    """DVC keeps what a pipeline once had, and an image or an audit would look for its results. Control: a row less."""
+    profile = profiles.load(ROOT, name)
+    lock = set(yaml.load(profile.path.with_name("dvc.lock").read_text(), yaml.CSafeLoader)["stages"])
+    assert lock == named(profile)
+    fewer = {run: entry for run, entry in profile.values["runs"].items() if run != "ir-s0"}
+    assert lock - named(dataclasses.replace(profile, values=profile.values | {"runs": fewer})) == {
+        "pretrain@ir-s0", "evaluate@ir-s0",
+    }  # fmt: skip
 
 
 @pytest.mark.timeout(1800)
