@@ -463,6 +463,10 @@ def test_locked_refuses_other_debian_packages(
     finally:
         os.umask(umask)
     assert (store / "images.lock.yaml").exists() == (not named)
+    (tmp_path / images.LOCK).write_text(json.dumps(LISTED | {"debs": {}}))
+    monkeypatch.setattr(build, "build", lambda *_: pytest.fail("built although there is nothing to compare with"))
+    with pytest.raises(SystemExit, match="names no Debian packages; build without --locked first"):
+        build.main()
 
 
 def test_targets_are_the_same_but_for_the_packages() -> None:
