@@ -57,10 +57,13 @@ $(BIN)/python:
 	@$(call need,test -n "$(PYTHON)",Python 3.11 or 3.12 not found; apt-get install python3 python3-venv has one on Debian 12 and Ubuntu 24.04$(comma) elsewhere make PYTHON=...)
 	@$(call need,$(PYTHON) -c 'import ensurepip$(comma) venv',the venv module is missing; apt-get install $(notdir $(PYTHON))-venv)
 	@$(call need,test $$(df --output=avail -k . | tail -1) -ge 12000000,less than 12 GB of free disk here; free some space)
+	@$(call need,command -v g++,no C++ compiler; apt-get install g++)
+	@$(call need,$(PYTHON) -c '$(HEADERS)',Python.h is missing; apt-get install $(notdir $(PYTHON))-dev)
 	@echo "creating $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/packages.stamp: requirements.lock | $(BIN)/python
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) # its making was cut short
 	@echo "installing requirements.lock (some minutes, 6 GB)"
 	@$(PIP) install --require-hashes -r requirements.lock
 	@touch $@

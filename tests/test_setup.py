@@ -28,7 +28,8 @@ def bare(root: Path, tmp_path: Path) -> Path:
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool) or tool)
     command(tmp_path, "g++", GOOD)
     # `python -m venv FOLDER` leaves itself there as FOLDER/bin/python.
-    venv = 'if [ "$2" = venv ]; then mkdir -p "$3/bin"; sed p -n "$0" > "$3/bin/python"; chmod +x "$3/bin/python"; fi\n'
+    made = 'for to; do :; done; mkdir -p "$to/bin"; sed p -n "$0" > "$to/bin/python"; chmod +x "$to/bin/python"'
+    venv = f'if [ "$2" = venv ]; then {made}; fi\n'
     command(tmp_path, "python3.11", f'#!/bin/sh\necho "$@" >> "{tmp_path}/calls"\n{venv}exit 0\n')
     (tmp_path / "bin" / "chmod").symlink_to(shutil.which("chmod") or "chmod")
     return tmp_path
@@ -58,6 +59,19 @@ def test_everything_is_there_and_a_second_call_installs_nothing(bare: Path) -> N
     os.utime(bare / "requirements.lock", (2**33, 2**33))  # a newer lock is installed
     assert setup(bare).returncode == 0
     assert "--require-hashes" in (bare / "calls").read_text()
+
+
+def test_an_environment_without_pip_is_made_anew(bare: Path) -> None:
+    """As a kill in the middle of its making leaves it. Control: a whole one is kept."""
+    assert setup(bare).returncode == 0
+    python = bare / ".venv/bin/python"
+    (bare / ".venv/packages.stamp").unlink()
+    assert setup(bare).returncode == 0
+    assert "--clear" not in (bare / "calls").read_text()
+    (bare / ".venv/packages.stamp").unlink()
+    python.write_text(python.read_text().replace("exit 0\n", 'case "$2" in pip) exit 1;; esac\n'))
+    assert setup(bare).returncode == 0
+    assert "-m venv --clear .venv" in (bare / "calls").read_text()
 
 
 def _no_compiler(folder: Path) -> None:
@@ -109,6 +123,7 @@ def test_what_is_missing_is_one_line(bare: Path, message: str, target: str) -> N
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
     assert lines == [f"mirepro: {message.strip()}"]
+    assert not (bare / ".venv").exists(), "found only after something had been installed"
 
 
 def test_help_lists_the_targets(bare: Path) -> None:
