@@ -110,9 +110,11 @@ class Sleepers(Miniature):
         (self.root / "params.yaml").write_text(yaml.safe_dump(values))
 
     def slept(self) -> int:
-        """Stages whose metrics dvc.lock pins."""
+        """Stages that dvc.lock pins with the present parameters; those of an earlier round have other seeds."""
         locked = yaml.safe_load((self.root / "dvc.lock").read_text())["stages"]
-        return sum(stage.startswith("pretrain@") for stage in locked)
+        runs = yaml.safe_load((self.root / "params.yaml").read_text())["runs"]
+        pinned = {name: locked.get(f"pretrain@{name}", {}).get("params", {}).get("params.yaml", {}) for name in runs}
+        return sum(pinned[name].get(f"runs.{name}") == entry for name, entry in runs.items())
 
 
 def overhead(copy: Sleepers, rounds: int, seconds: float) -> dict[str, Any]:

@@ -203,7 +203,7 @@ def _section(values: Mapping[str, Any], where: str) -> Section:
     for key, value in section.options.items():
         if key in OWN:
             raise UserError(f"{where}.options.{key}: set by the launcher; use the section's own key, or leave it out")
-        if not isinstance(value, str | int | bool):
+        if value is False or not isinstance(value, str | int | bool):
             raise UserError(f"{where}.options.{key}: expected text, a number or true, got {value!r}")
     return section
 

@@ -22,6 +22,19 @@ def refuse(work: Path) -> None:
     raise UserError("rows.x: impossible; use y")
 
 
+def one_rank_less(work: Path, refuses: bool) -> None:
+    """Rank 1 is lost, by an error or because it refuses its input; rank 0 would wait for it for hours."""
+    import submitit
+
+    if not submitit.JobEnvironment().global_rank:
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "waits").touch()
+        time.sleep(7200)
+    while not (work / "waits").exists():
+        time.sleep(0.1)
+    (refuse if refuses else fail)(work)
+
+
 def count(work: Path, steps: int, seconds: float, stops: int = 1) -> None:
     """Counts to `steps`, one checkpoint each, going on where an earlier run stopped; notes where each run began.
 

@@ -35,6 +35,7 @@ def test_request_becomes_options(tmp_path: Path) -> None:
     assert (values["time"], values["nodes"], values["ntasks_per_node"], values["gpus_per_node"]) == (120, 3, 2, 2)
     assert (values["cpus_per_task"], values["mem"], values["partition"]) == (4, "8G", "gpu")
     assert values["additional_parameters"] == {"requeue": True, "nice": 5}
+    assert values["srun_args"] == ["--cpus-per-task=4", "--kill-on-bad-exit=1"]
     assert "account" not in values
     assert "teardown" not in values
 
@@ -46,6 +47,8 @@ def test_request_becomes_options(tmp_path: Path) -> None:
         ("slurm_load_jobs error: Unable to contact slurm controller (connect failure)", Unreachable),
         ("slurm_load_jobs error: Socket timed out on send/recv operation", Unreachable),
         ("slurm_load_jobs error: Zero Bytes were transmitted or received", Unreachable),
+        ("slurm_load_jobs error: Protocol authentication error", Unreachable),
+        ("squeue: error: Munge encode failed: Failed to connect to munged", Unreachable),
         ("slurm_load_jobs error: Invalid user id", UserError),
     ],
 )
@@ -162,6 +165,9 @@ def test_local_job_is_known_by_its_start_not_its_number_alone(tmp_path: Path) ->
         elsewhere = Attempt("t", "f", "submitted", "mars:1", attempt.job)
         seen = [local.status(item, "x").phase for item in (attempt, stranger, reboot, elsewhere)]
         assert seen == ["running", "absent", "absent", "unreachable"]
+        with pytest.raises(UserError, match="started on mars, look there"):
+            local.cancel(elsewhere, "x")
+        assert local.status(attempt, "x").alive
         local.cancel(attempt, "x")
         until(lambda: local.status(attempt, "x").phase == "absent", 60, "its end")
     finally:

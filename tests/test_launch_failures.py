@@ -35,6 +35,9 @@ class Ended:
     def status(self, attempt: Attempt, name: str) -> Status:
         return Status("ended", "FAILED", detail="NonZeroExitCode")
 
+    def cancel(self, attempt: Attempt, name: str) -> None:
+        """It has ended."""
+
 
 class Again(Ended):
     """One whose jobs all end so, or with a result.

@@ -183,12 +183,24 @@ class Life(RuleBasedStateMachine):
         self._finish(self._one())
 
     @precondition(lambda self: self.fake.alive())
-    @rule(text=st.sampled_from(["ValueError: a", "ValueError: b"]))
-    def fail(self, text: str) -> None:
+    @rule(text=st.sampled_from(["ValueError: a", "ValueError: b"]), lives=st.booleans())
+    def fail(self, text: str, lives: bool) -> None:
+        """A rank fails; the others, and with them the job, may live on."""
         job = self._one()
         number = next(key for key, item in self.fake.jobs.items() if item is job)
         (job.folder / f"{number}_0_result.pkl").write_bytes(pickle.dumps(("error", f"Traceback\n{text}\n")))
-        job.status = Status("ended", "FAILED", detail="1:0")
+        if not lives:
+            job.status = Status("ended", "FAILED", detail="1:0")
+
+    @precondition(lambda self: self.fake.alive())
+    @rule(lives=st.booleans())
+    def refuse(self, lives: bool) -> None:
+        """A rank that refuses its input ends as if all were well."""
+        job = self._one()
+        number = next(key for key, item in self.fake.jobs.items() if item is job)
+        (job.folder / f"{number}_0_result.pkl").write_bytes(pickle.dumps(("success", "x: is impossible; use y")))
+        if not lives:
+            job.status = Status("ended", "COMPLETED")
 
     @precondition(lambda self: self.fake.alive())
     @rule(state=st.sampled_from(["NODE_FAIL", "TIMEOUT", "PREEMPTED", "OUT_OF_MEMORY", "CANCELLED by 0", "COMPLETED"]))

@@ -51,6 +51,7 @@ def test_sections_start_from_all(tmp_path: Path) -> None:
         ("[all]\nimage = 'mirepro:latest'", "image: 'mirepro:latest' is impossible; use a digest"),
         ("[all]\nruntime = 'docker'", "runtime: 'docker' is impossible; use podman or apptainer or pyxis"),
         ("[all]\noptions = {partition = 'x'}", "options.partition: set by the launcher"),
+        ("[all]\noptions = {exclusive = false}", "options.exclusive: expected text, a number or true, got False"),
         ("[all]\nnodes = 2", "evaluate.nodes: 2 is impossible, such a stage is one task; set it in [pretrain]"),
         ("[evaluate]\ntasks = 2", "evaluate.tasks: 2 is impossible, such a stage is one task; set it in [pretrain]"),
         ("executor = 'pbs'", "executor: 'pbs' is impossible; use slurm or local"),

@@ -355,6 +355,39 @@ def test_a_failed_rank_ends_the_job_and_speaks_first(cluster, data, tmp_path, mo
     assert shown.index(first) > found.end()
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_slurm_ends_a_job_that_lost_a_rank(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    """With nobody there to look after it. Control: without srun's option the others go on."""
+    plain = slurm.parameters
+    loose = [word for word in ("--cpus-per-task=1",) if not kept]
+    monkeypatch.setattr(slurm, "parameters", lambda *a: plain(*a) | ({"srun_args": loose} if loose else {}))
+    bench = Bench(tmp_path, slurm_jobs.one_rank_less, False, nodes=2)
+    assert not bench.handle.poll()  # submits
+    until((bench.work / "waits").exists, 120, "rank 0")
+    failed = bench.handle.log.with_name(f"{bench.handle.job}_1_result.pkl")
+    until(failed.exists, 60, "the error of rank 1")
+    if kept:
+        until(lambda: not cluster.run("squeue", "--noheader") and not living(bench), 60, "the job's end")
+    else:
+        time.sleep(5.0)
+        assert cluster.run("squeue", "--noheader", "--format=%T") == "RUNNING"
+        cluster.run("scancel", bench.handle.job)
+
+
+def test_a_rank_that_refuses_takes_the_job_along(cluster: Cluster, tmp_path: Path) -> None:
+    """It ends as if all were well, and the rest waits for it: the head gives up, so the job has to go. No orphans."""
+    bench = Bench(tmp_path, slurm_jobs.one_rank_less, True, nodes=2)
+    assert not bench.handle.poll()  # submits
+    until((bench.work / "waits").exists, 120, "rank 0")
+    assert living(bench)
+    with pytest.raises(JobFailed, match=r"rows\.x: impossible; use y"):
+        bench.wait()
+    until(lambda: not cluster.run("squeue", "--noheader") and not living(bench), 60, "the job's end")
+    assert len(bench.attempts()) == 1
+
+
 HERE_JOBS = """
 import pathlib
 from mirepro.launch import commands

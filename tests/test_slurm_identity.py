@@ -63,9 +63,9 @@ def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clients:
     return Clients(tmp_path / "bin")
 
 
-OWN = f"7|{NAME}|1000001|RUNNING|n1|None"
-STRANGER = "7|pretrain@a.76543210|1000001|RUNNING|n1|None"
-EARLIER = f"7|{NAME}|900000|RUNNING|n1|None"
+OWN = f"7|1000001|RUNNING|n1|None|{NAME}"
+STRANGER = "7|1000001|RUNNING|n1|None|pretrain@a.76543210"
+EARLIER = f"7|900000|RUNNING|n1|None|{NAME}"
 
 
 @pytest.mark.parametrize(("line", "phase"), [(OWN, "running"), (STRANGER, "absent"), (EARLIER, "absent")])
@@ -88,6 +88,12 @@ def test_a_reused_id_is_neither_ours_nor_cancelled(clients: Clients, line: str, 
 def test_accounts_keep_both_jobs_of_a_reused_id(clients: Clients, lines: list[str], state: str) -> None:
     clients.says("sacct", *lines)
     assert Slurm(0.0).status(ATTEMPT, NAME).state == state
+
+
+def test_a_stranger_whose_name_holds_the_separator_is_no_trouble(clients: Clients) -> None:
+    clients.says("squeue", "9|1000001|RUNNING|n1|None|a|b|c", OWN)
+    assert Slurm(0.0).status(ATTEMPT, NAME).phase == "running"
+    assert Slurm(0.0).status(dataclasses.replace(ATTEMPT, job="9"), "a|b|c").phase == "running"  # control: read whole
 
 
 @pytest.mark.parametrize(("words", "asked"), [("Slurm accounting storage is disabled", 1), ("no permission", 2)])

@@ -239,7 +239,7 @@ class Handle:
         if decision.act == "wait":
             return
         if entry.last is not None:
-            if decision.act == "submit":  # whatever is left of the former job must not compute beside the next one
+            if decision.act in ("submit", "stop"):  # of several ranks one may have failed and the rest wait for it
                 self._launcher.scheduler.cancel(entry.last, name(entry.stage, entry.last))
             entry.change(state=decision.state, reason=decision.reason, progressed=sight.progressed)
         if decision.act == "stop":

@@ -105,7 +105,13 @@ class Local:
         return Status("running", "RUNNING", platform.node()) if alive else Status("absent")
 
     def cancel(self, attempt: Attempt, name: str) -> None:
-        """Interrupts the job's session, then kills what is left of it."""
+        """Interrupts the job's session, then kills what is left of it.
+
+        Raises:
+            UserError: It runs on another host.
+        """
+        if (seen := self.status(attempt, name)).phase == "unreachable":
+            raise UserError(f"job {attempt.job}: {seen.detail}")
         pid = int(attempt.job.partition(".")[0])
         for sign, seconds in ((signal.SIGINT, 3.0), (signal.SIGKILL, 1.0)):
             with suppress(ProcessLookupError):

@@ -26,10 +26,10 @@ ACTIVE = frozenset(
 TRANSIENT = re.compile(
     r"unable to contact|timed out|connection refused|connection reset|broken pipe|communication connection failure|"
     r"zero bytes were transmitted|temporarily|try again|slurm_load_jobs error: (socket|transport endpoint)|"
-    r"persistent connection",
+    r"persistent connection|munge|authentication|credential",
     re.IGNORECASE,
 )
-COLUMNS = "%i|%j|%V|%T|%N|%r"
+COLUMNS = "%i|%V|%T|%N|%r|%j"  # the name last: it may hold the separator
 CLOCK_SLACK = 120.0  # seconds between the clocks of this machine and the controller's
 
 
@@ -172,7 +172,7 @@ class Slurm:
             return []
         form = ("--noheader", "--parsable2", "--allocations", "--starttime=1970-01-01")
         try:
-            text = command("sacct", *form, "--format=JobID,JobName,Submit,State,NodeList,ExitCode", *words)
+            text = command("sacct", *form, "--format=JobID,Submit,State,NodeList,ExitCode,JobName", *words)
         except UserError as error:
             self._accounting = re.search("is disabled|no such command", str(error)) is None
             return []
@@ -180,7 +180,7 @@ class Slurm:
 
 
 def _row(line: str) -> Row | None:
-    job, name, submitted, state, node, detail = [part.strip() for part in line.split("|")]
+    job, submitted, state, node, detail, name = [part.strip() for part in line.split("|", 5)]
     return Row(job, name, float(submitted), state, node, detail) if submitted.isdigit() else None
 
 
@@ -203,7 +203,9 @@ def parameters(request: Request, container: Container | None = None) -> dict[str
         "cpus_per_task": section.cpus or request.threads, "gpus_per_node": section.gpus or None,
         "mem": section.memory, "partition": section.partition, "account": section.account, "qos": section.qos,
         "signal_delay_s": section.grace, "stderr_to_stdout": True, "setup": list(section.setup) or None,
-        "srun_args": [*(container.srun if container else ()), "--kill-on-bad-exit=1"],
+        # srun does not take over sbatch's --cpus-per-task since Slurm 22.05, and would bind a task to one core.
+        "srun_args": [*(container.srun if container else ()), f"--cpus-per-task={section.cpus or request.threads}",
+                      "--kill-on-bad-exit=1"],
         "teardown": task.requeue_lines(request.folder) if container else None,
         "additional_parameters": {"requeue": True} | {str(key): value for key, value in section.options.items()},
     }  # fmt: skip
