@@ -360,9 +360,9 @@ def test_slurm_ends_a_job_that_lost_a_rank(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
 ) -> None:
     """With nobody there to look after it. Control: without srun's option the others go on."""
-    plain = slurm.parameters
-    loose = [word for word in ("--cpus-per-task=1",) if not kept]
-    monkeypatch.setattr(slurm, "parameters", lambda *a: plain(*a) | ({"srun_args": loose} if loose else {}))
+    if not kept:
+        plain = slurm.parameters
+        monkeypatch.setattr(slurm, "parameters", lambda *a: plain(*a) | {"srun_args": []})
     bench = Bench(tmp_path, slurm_jobs.one_rank_less, False, nodes=2)
     assert not bench.handle.poll()  # submits
     until((bench.work / "waits").exists, 120, "rank 0")
