@@ -1,7 +1,7 @@
 """Cost of stages as Slurm jobs: `python -m benchmarks.launch` (root, Slurm and munge installed; docs/slurm.md).
 
 A cluster of its own on this machine, and a small copy of the repository whose stages sleep; launcher, DVC and submitit
-are the real ones. First one stage through the launcher and the same command by plain `sbatch --wait`, in turns; then
+are the real ones. First one stage through the launcher and the same command by plain sbatch, in turns; then
 many in parallel, of which none may get lost. Other work on the machine is stated as its load.
 """
 

@@ -1,5 +1,6 @@
 """What a reproduction shows, on a terminal and elsewhere."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +36,25 @@ def test_a_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     lines = capsys.readouterr().err.splitlines()
     assert any("1 of 2 stages, 0:00, about 3:20 left" in line for line in lines)  # twice as slow as expected
     assert any(line.split() == ["pretrain@ir-s0", "0:50", "2:30", "25%", "loss", "1.5"] for line in lines)
+
+
+def test_a_terminal_gets_the_columns_of_jobs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """State, job and node of each, and what is computed here has none of them."""
+    for name, value in (("TTY_COMPATIBLE", "1"), ("TERM", "xterm"), ("COLUMNS", "120"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    with Board({"toy": 10.0, "pretrain@ir-s0": 100.0, "pretrain@la-s0": 100.0}, 3) as board:
+        board.show([
+            Line("pretrain@ir-s0", NOW - 50, "25%  loss 1.5", "running", "17", "n2"),
+            Line("pretrain@la-s0", NOW - 5, "", "queued Priority", "18"),
+            Line("toy", NOW - 2, ""),
+        ])  # fmt: skip
+    lines = [re.sub(r"\x1b\[[0-9?]*[A-Za-z]", "", line).split() for line in capsys.readouterr().err.splitlines()]
+    assert ["stage", "state", "job", "node", "time", "left", "progress"] in lines
+    assert ["pretrain@ir-s0", "running", "17", "n2", "0:50", "0:50", "25%", "loss", "1.5"] in lines
+    assert ["pretrain@la-s0", "queued", "Priority", "18", "0:05", "1:35"] in lines
+    assert ["toy", "0:02", "0:08"] in lines
 
 
 def test_elsewhere_there_are_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,16 +1,17 @@
 """The commands about jobs where something is missing: the scheduler's answer, or the site's file."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_ledger import Fake, Killed, make
+from test_ledger import Fake, Job, Killed, make
 from typer.testing import CliRunner
 
 from mirepro.errors import UserError
 from mirepro.launch import commands
 from mirepro.launch.launcher import Launcher
-from mirepro.launch.ledger import Attempt, Ledger
+from mirepro.launch.ledger import Attempt, Ledger, Status
 from mirepro.launch.scheduler import Local
 
 Jobs = Callable[..., str]
@@ -49,6 +50,62 @@ def test_cancel_finds_the_job_of_a_submission_that_was_cut_short(
     assert "cancelled by `mirepro jobs cancel`" in jobs("list")
 
 
+@pytest.mark.parametrize("settle", [60.0, 0.0])
+def test_a_submission_may_come_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settle: float) -> None:
+    """An sbatch that outlives its head and waits for the controller; control: whoever does not wait has two jobs."""
+    fake = cut_short(tmp_path, monkeypatch, "before")
+    launcher, ticket = make(tmp_path, fake, settle)
+    handle = launcher.start(ticket)
+    (late,) = Ledger(tmp_path).read("f").attempts  # type: ignore[union-attr]
+    handle.poll()
+    fake.jobs["99"] = Job(f"pretrain@a.{late.token}", tmp_path / late.folder, Status("queued", "PENDING"))
+    handle.poll()
+    assert len(fake.alive()) == (1 if settle else 2)
+    assert (handle.job == "99") == bool(settle)
+
+
+def test_a_submission_that_never_came_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = cut_short(tmp_path, monkeypatch, "before")
+    launcher, ticket = make(tmp_path, fake, 0.3)
+    handle = launcher.start(ticket)
+    handle.poll()
+    assert not fake.jobs
+    time.sleep(0.3)
+    handle.poll()
+    assert len(fake.alive()) == 1
+
+
+def test_cancel_waits_for_a_submission_that_comes_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: Jobs
+) -> None:
+    fake = cut_short(tmp_path, monkeypatch, "before")
+    launcher, _ = make(tmp_path, fake, 60.0)
+    monkeypatch.setattr(commands, "_launcher", lambda *_: launcher)
+    (late,) = Ledger(tmp_path).read("f").attempts  # type: ignore[union-attr]
+
+    def arrive(_: float) -> None:
+        fake.jobs["1"] = Job(f"pretrain@a.{late.token}", tmp_path / late.folder, Status("queued", "PENDING"))
+
+    monkeypatch.setattr(time, "sleep", arrive)
+    assert jobs("cancel", "pretrain@a") == "1 pretrain@a: cancelled\n"
+    assert not fake.alive()
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_prune_leaves_what_is_submitted_again_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: Jobs, again: bool
+) -> None:
+    """Between the look at an old job and its removal; control: without that it is removed."""
+    here = Local().cluster()
+    write(tmp_path, "old", "local", Attempt("t", "old", "failed", here, f"{2**22}.1", 1.0))
+    seen = commands.known(tmp_path)
+    if again:
+        write(tmp_path, "old", "local", Attempt("u", "old", "submitted", here, f"{2**22}.2", 2.0))
+    monkeypatch.setattr(commands, "known", lambda _: seen)
+    assert jobs("prune") == f"{0 if again else 1} entries removed\n"
+    assert (Ledger(tmp_path).read("old") is not None) == again
+
+
 def test_cancel_of_a_submission_that_came_to_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: Jobs
 ) -> None:
@@ -61,7 +118,7 @@ def test_control_a_cancel_that_does_not_look_leaves_an_orphan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: Jobs
 ) -> None:
     fake = cut_short(tmp_path, monkeypatch, "after")
-    monkeypatch.setattr(Launcher, "adopt", lambda *_: None)
+    monkeypatch.setattr(Launcher, "adopt", lambda *_, **__: None)
     assert "cancelled" in jobs("cancel", "pretrain@a")
     assert len(fake.alive()) == 1
 

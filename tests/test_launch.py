@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import slurm_jobs
 from cluster import until, working
 from miniature import Miniature
 
-from mirepro import execution
+from mirepro import execution, profiles, stages
 from mirepro.errors import UserError
 from mirepro.launch import commands, probe, scheduler, slurm
 from mirepro.launch.container import Container, enroot
@@ -24,7 +25,7 @@ from mirepro.launch.launcher import outcome, uninterrupted
 from mirepro.launch.ledger import Attempt, Entry, Status
 from mirepro.launch.scheduler import Local, Request, Unreachable
 from mirepro.launch.task import BARREN, Task
-from mirepro.site import Section
+from mirepro.site import Section, Site
 
 DIGEST = "registry.example.org/mirepro@sha256:0123"
 
@@ -91,9 +92,18 @@ def test_pyxis_wants_the_registry_apart(image: str, wanted: str) -> None:
     assert enroot(image) == wanted
 
 
-def test_image_is_part_of_the_fingerprint(tmp_path: Path) -> None:
-    jobs = [execution.Job({}, (), lambda *_: {}, "m.json", image=image) for image in (None, DIGEST, DIGEST + "4")]
-    assert len({execution.fingerprint(tmp_path, "toy", job) for job in jobs}) == 3
+def test_image_is_part_of_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the site names it for the stage's own class; control: what a site says of other classes is not."""
+    profile = profiles.load(Path(__file__).resolve().parent.parent, "desk")
+
+    def mark(**images: str) -> str:
+        where = Site("lab", sections={kind: Section(image=images.get(kind)) for kind in stages.JOBS})
+        monkeypatch.setattr(stages.site, "chosen", lambda *_: where)
+        name, job = stages.described(profile, "toy", None)
+        return execution.fingerprint(profile.root, name, replace(job, needs=()))
+
+    assert len({mark(), mark(toy=DIGEST), mark(toy=DIGEST + "4")}) == 3
+    assert mark(evaluate=DIGEST) == mark()
 
 
 def test_job_whose_limit_is_too_short_gives_up(tmp_path: Path) -> None:
@@ -265,7 +275,7 @@ def test_local_jobs_and_the_commands_about_them(miniature: Miniature) -> None:
         assert "Job completed successfully" in miniature.run("jobs", *words).stdout
     assert "0 entries removed" in miniature.run("jobs", "prune").stdout
     assert "7 entries removed" in miniature.run("jobs", "prune", "--days", "0").stdout
-    assert not list((miniature.root / ".mirepro" / "jobs").iterdir())
+    assert {path.suffix for path in (miniature.root / ".mirepro" / "jobs").iterdir()} == {".lock"}
     assert "not in the ledger" in miniature.run("jobs", "cancel", "toy").stderr
 
 
@@ -394,17 +404,19 @@ def test_code_that_changed_after_submission_is_refused(miniature: Miniature) -> 
     assert miniature.run("stage", "toy", env=miniature.environment | {"MIREPRO_LAUNCH": "local"}).returncode == 0
 
 
-def test_submission_cut_short_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The controller of a local job is found by its folder, and the job gets its pickle."""
+@pytest.mark.parametrize("setup", [(), ("true", "export A=1")])
+def test_submission_cut_short_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: tuple[str, ...]) -> None:
+    """The controller of a local job is found by its folder, or the shell of its set-up; the job gets its pickle."""
     from mirepro.launch.scheduler import pickled
 
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent.parent}{os.pathsep}{Path(__file__).parent}")
     local, folder = Local(), tmp_path / "job"
     folder.mkdir()
-    request = Request("a", tmp_path, folder, Task(lambda: slurm_jobs.hold(tmp_path), tmp_path, 60.0, 1.0), Section(), 0)
+    task, section = Task(lambda: slurm_jobs.hold(tmp_path), tmp_path, 60.0, 1.0), Section(setup=setup)
+    request = Request("a", tmp_path, folder, task, section, 0)
     job = local.submit(request)
-    until(lambda: local.find("a", folder) == job, 10, "its command line, which exec sets after its pipe has closed")
-    assert local.find("a", tmp_path / "other") is None
+    until(lambda: local.find("a", folder, 0.0) == job, 10, "its command line, set after its pipe has closed")
+    assert local.find("a", tmp_path / "other", 0.0) is None
     local.cancel(Attempt("t", "job", "submitted", local.cluster(), job), "a")
     (folder / f"{'0' * 32}.pkl").touch()
     pickled(folder, "77.1")

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mirepro.errors import UserError
-from mirepro.launch import commands, waves
+from mirepro.launch import commands, remote, waves
 from mirepro.launch.launcher import FASTEST, TAIL, Handle, JobFailed, Launcher, Ticket
 from mirepro.launch.ledger import Attempt, Status
 from mirepro.launch.plan import Plan
@@ -87,10 +87,10 @@ def said(handle: Handle) -> list[str]:
         handle.poll()
     lines = str(caught.value).splitlines()
     log = handle.log.with_name("stage.log")
-    remote = Remote(handle, log, 1.0)
-    assert remote.exitcode == 1
+    worker = Remote(handle, log, 1.0)
+    assert worker.exitcode == 1
     assert log.read_text() == f"mirepro: {caught.value}\n"
-    summary = waves._complaint(waves.Running("pretrain@a", remote, log, log)).splitlines()
+    summary = waves._complaint(waves.Running("pretrain@a", worker, log, log)).splitlines()
     assert summary[1:] == [f"mirepro: {lines[0]}", *lines[1:]]
     return lines
 
@@ -165,9 +165,45 @@ def test_a_refused_submission_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
 
     handle = failed(tmp_path, None)
     monkeypatch.setattr(handle, "poll", refuse)
-    remote = Remote(handle, tmp_path / "stage.log", 1.0)
-    assert remote.exitcode == 1
+    assert Remote(handle, tmp_path / "stage.log", 1.0).exitcode == 1
     assert (tmp_path / "stage.log").read_text() == "mirepro: sbatch: no\n"
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_stage_that_cannot_be_launched_has_failed_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    """It looks like one whose job failed, so that --keep-going goes on; control: the same stage is launched."""
+    jobs, ticket = launcher(tmp_path, 7)
+
+    def describe(*_: object) -> object:
+        if refused:
+            raise UserError("x.json: damaged")
+        return ticket
+
+    monkeypatch.setattr(remote.jobs, "ticket", describe)
+    log = tmp_path / "stage.log"
+    started = remote.Dispatch(SimpleNamespace(), jobs).start("pretrain@a", log, log)  # type: ignore[arg-type]
+    if not refused:
+        assert isinstance(started, Remote)
+        return
+    item = waves.Running("pretrain@a", started, log, log)
+    assert (item.poll(), item.alive(), item.computed, item.sentinel) == (1, False, False, None)
+    assert log.read_text() == "mirepro: x.json: damaged\n"
+
+
+@pytest.mark.parametrize("detail", ["launch failed requeued held", "JobHeldAdmin", "Resources", "Priority"])
+def test_a_job_that_nobody_lets_start_is_remarked_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, detail: str
+) -> None:
+    """Once, however often one looks; control: one that has to wait for its turn."""
+    monkeypatch.setattr(Ended, "status", lambda *_: Status("queued", "PENDING", detail=detail))
+    jobs, ticket = launcher(tmp_path, 99)
+    handle = jobs.start(ticket)
+    for _ in range(3):
+        handle.poll()
+    said = [f"pretrain@a: job 7 does not start by itself ({detail}); cure the cause, then `scontrol release 7` or "]
+    assert [note.partition("`mirepro")[0] for note in handle.notes] == (said if "eld" in detail else [])
 
 
 def test_a_result_is_seen_before_the_next_look_at_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,15 +216,15 @@ def test_a_result_is_seen_before_the_next_look_at_the_queue(tmp_path: Path, monk
 
     monkeypatch.setattr(Ended, "status", running)
     handle = failed(tmp_path, None)
-    remote = Remote(handle, tmp_path / "stage.log", 60.0)
-    remote._pause = 60.0
-    assert remote.exitcode is None
+    worker = Remote(handle, tmp_path / "stage.log", 60.0)
+    worker._pause = 60.0
+    assert worker.exitcode is None
     time.sleep(2 * FASTEST)
-    assert (remote.exitcode, len(asked)) == (None, 1)
+    assert (worker.exitcode, len(asked)) == (None, 1)
     handle.ticket.work.mkdir()
     (handle.ticket.work / "finished").touch()
     time.sleep(2 * FASTEST)
-    assert (remote.exitcode, len(asked)) == (0, 1)
+    assert (worker.exitcode, len(asked)) == (0, 1)
 
 
 NOTE = "pretrain@a: job 7: FAILED NonZeroExitCode, without a result; submitted again"

@@ -66,7 +66,7 @@ class Fake:
             raise Killed
         return job
 
-    def find(self, name: str, folder: Path) -> str | None:
+    def find(self, name: str, folder: Path, submitted: float) -> str | None:
         self._reach()
         return next((job for job, item in self.jobs.items() if item.name == name), None)
 

@@ -103,6 +103,19 @@ def test_control_a_second_time_limit_without_a_requeue_left(cluster: Cluster, tm
     assert len({job for job, _ in bench.runs()}) == 2
 
 
+def test_a_held_job_says_so_and_goes_on_when_released(cluster: Cluster, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, slurm_jobs.finish, options={"hold": True})
+    until(lambda: bench.handle.poll() or bench.handle.notes, 60, "remark")
+    job = bench.handle.job
+    remedy = f"`scontrol release {job}` or `mirepro jobs cancel {job}`"
+    assert bench.handle.notes == [
+        f"pretrain@a: job {job} does not start by itself (JobHeldUser); cure the cause, then {remedy}"
+    ]
+    cluster.run("scontrol", "release", job)
+    bench.wait()
+    assert len(bench.attempts()) == 1
+
+
 def test_requeue_by_hand(cluster: Cluster, tmp_path: Path) -> None:
     bench = Bench(tmp_path, slurm_jobs.count, 2000, 0.3)
     bench.checkpointed()
@@ -272,6 +285,8 @@ def test_node_goes_down(own: Cluster, tmp_path: Path) -> None:
     own.kill(f"slurmd-{node}", signal.SIGKILL)
     bench.wait()
     assert int(bench.runs()[-1][1]) > 0
+    assert len(bench.attempts()) == 1, "Slurm requeued it, nobody submitted it again"
+    assert {job for job, _ in bench.runs()} == {bench.handle.job}
 
 
 def _kill_job(cluster: Cluster, bench: Bench) -> None:

@@ -168,7 +168,7 @@ def cancel(ids: Ids) -> None:
 def _cancel(launcher: Launcher, entry: Entry) -> str:
     """Stops the newest job of an entry and says so; empty where it was over."""
     try:
-        launcher.adopt(entry)
+        launcher.adopt(entry, wait=True)
     except (UserError, Unreachable) as error:
         return f"{entry.stage}: not cancelled, whether its submission came to a job is not known ({error}); try again"
     last, note = entry.last, "cancelled"
@@ -192,16 +192,18 @@ def prune(
     """Forget jobs that are over, with their logs."""
     root, count = profiles.find_root(), 0
     for item in known(root):
+        ledger, mark = item.launcher.ledger, item.entry.fingerprint
         young = time.time() - item.attempt.submitted < 86400 * days
         if young or not item.over:
             continue
-        ledger, mark = item.launcher.ledger, item.entry.fingerprint
-        shutil.rmtree(ledger.folder / mark, ignore_errors=True)
-        ledger.path(mark).unlink(missing_ok=True)
-        (ledger.folder / f"{mark}.lock").unlink(missing_ok=True)
-        if work:
-            shutil.rmtree(root / ".mirepro" / "work" / mark, ignore_errors=True)
-        count += 1
+        with ledger.locked(mark):  # its file stays: who waits for it would hold another one than the next to come
+            if ledger.read(mark) != item.entry:
+                continue  # a command has submitted it again meanwhile
+            shutil.rmtree(ledger.folder / mark, ignore_errors=True)
+            ledger.path(mark).unlink(missing_ok=True)
+            if work:
+                shutil.rmtree(root / ".mirepro" / "work" / mark, ignore_errors=True)
+            count += 1
     print(f"{count} entries removed")
 
 

@@ -25,6 +25,8 @@ POLITE = (signal.SIGTERM, signal.SIGHUP)
 FASTEST = 0.25  # seconds between the first looks
 TAIL = 20  # lines of a traceback or a log below a message
 ALONE = re.compile(r"rank \d+: lost the other ranks")  # see `mirepro.ranks`
+HELD = re.compile("held|launch failed|BadConstraints|DependencyNeverSatisfied", re.IGNORECASE)
+"""Slurm's reasons of jobs that wait until somebody acts."""
 
 
 class JobFailed(Exception):
@@ -77,6 +79,7 @@ class Launcher:
         self.root, self.site = root, site
         self.scheduler = scheduler or create(site)
         self.ledger = Ledger(root)
+        self._missed: dict[str, float] = {}
 
     def start(self, ticket: Ticket) -> "Handle":
         """Attaches to the job of an earlier command, or begins anew; see `Handle.poll`."""
@@ -87,8 +90,15 @@ class Launcher:
                 self.ledger.save(entry)
         return Handle(self, ticket)
 
-    def adopt(self, entry: Entry) -> None:
+    def adopt(self, entry: Entry, wait: bool = False) -> None:
         """Finds the job of an attempt whose submission was cut short, or drops the attempt; call it in `locked`.
+
+        It is dropped when nothing has been found for `settle` seconds: an sbatch outlives its head, and may be waiting
+        for the controller just then.
+
+        Args:
+            entry: What the ledger says.
+            wait: Whether to wait for that, instead of leaving it to a later call.
 
         Raises:
             Unreachable: The scheduler does not answer.
@@ -102,7 +112,13 @@ class Launcher:
             place = f"{entry.stage}: its submission to {there} was cut short, and this is {here}"
             raise UserError(f"{place}; run there, or delete {self.ledger.path(entry.fingerprint)} to give that job up")
         folder = self.root / last.folder
-        job = self.scheduler.find(name(entry.stage, last), folder)
+        while (job := self.scheduler.find(name(entry.stage, last), folder, last.submitted)) is None:
+            missed = self._missed.setdefault(last.token, time.monotonic())
+            if (left := missed + self.site.settle - time.monotonic()) <= 0:
+                break
+            if not wait:
+                return
+            time.sleep(min(left, 1.0))
         if job is None:
             entry.attempts.pop()
         else:
@@ -157,7 +173,7 @@ class Handle:
     Attributes:
         status: What the scheduler said last.
         job: The scheduler's id of the newest attempt.
-        notes: Why it was submitted again, in the order of events; each names the job that ended.
+        notes: Why it was submitted again, or waits in vain, in the order of events; each names the job.
     """
 
     def __init__(self, launcher: Launcher, ticket: Ticket) -> None:
@@ -222,8 +238,16 @@ class Handle:
         failure = outcome(self._launcher.root / last.folder, last.job)
         known = self._launcher.scheduler.status
         self.status = Status("ended", "FAILED") if failure else known(last, name(self.ticket.stage, last))
+        self._remark()
         progressed = stamp(self.ticket.work) != last.stamp
         return Sight(False, failure, self.status, self._settled(last), progressed)
+
+    def _remark(self) -> None:
+        """Says once that a job waits for somebody's hand: nothing else would ever tell."""
+        held, ways = self.status.detail, f"`scontrol release {self.label}` or `mirepro jobs cancel {self.label}`"
+        note = f"{self.ticket.stage}: job {self.label} does not start by itself ({held}); cure the cause, then {ways}"
+        if self.status.phase == "queued" and HELD.search(held) and note not in self.notes:
+            self.notes.append(note)
 
     def _settled(self, last: Attempt) -> bool:
         """Whether the job has been gone for long enough."""

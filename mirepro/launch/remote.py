@@ -57,15 +57,17 @@ class Remote:
             self._code = 0 if self.handle.poll() else None
         except (JobFailed, UserError) as error:
             self._code = 1
-            self._write(str(error))
+            _write(self._log, str(error))
         for note in self.handle.notes[self._told :]:
-            self._write(note)
+            _write(self._log, note)
             self.news.append(note)
         self._told = len(self.handle.notes)
 
-    def _write(self, text: str) -> None:
-        with self._log.open("a", encoding="utf-8") as file:
-            file.write(f"mirepro: {text}\n")
+
+class Refused:
+    """A computation that could not be launched; it looks like a process that has failed."""
+
+    exitcode, pid = 1, None
 
 
 class Dispatch:
@@ -88,7 +90,7 @@ class Dispatch:
         os.environ.update(environment)
         return cls(profile, launcher)
 
-    def start(self, address: str, log: Path, report: Path) -> Remote | None:
+    def start(self, address: str, log: Path, report: Path) -> Remote | Refused | None:
         """Launches a stage's computation; None for a stage that computes nothing heavy, or nothing new.
 
         Args:
@@ -99,7 +101,14 @@ class Dispatch:
         kind, _, key = address.rpartition(":")[2].partition("@")
         if kind not in stages.JOBS:
             return None
-        ticket = jobs.ticket(self._profile, kind, key or None)
-        if ticket is None:
-            return None
-        return Remote(self._launcher.start(ticket), log, self._launcher.site.poll)
+        try:
+            ticket = jobs.ticket(self._profile, kind, key or None)
+            return None if ticket is None else Remote(self._launcher.start(ticket), log, self._launcher.site.poll)
+        except UserError as error:  # of this stage alone: with --keep-going the others go on
+            _write(log, str(error))
+            return Refused()
+
+
+def _write(log: Path, text: str) -> None:
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"mirepro: {text}\n")

@@ -56,8 +56,8 @@ class Scheduler(Protocol):
     def submit(self, request: Request) -> str:
         """Submits a job and returns its id; UserError where the request itself is refused."""
 
-    def find(self, name: str, folder: Path) -> str | None:
-        """The id of a job that was submitted under this name, though nobody wrote its id down."""
+    def find(self, name: str, folder: Path, submitted: float) -> str | None:
+        """The id of a job that was submitted under this name at about this time, though nobody wrote its id down."""
 
     def status(self, attempt: Attempt, name: str) -> Status:
         """What is known about a job; another job with the same id is `absent`."""
@@ -85,14 +85,17 @@ class Local:
             raise UserError(f"local job: {result.stderr.decode(errors='replace').strip().splitlines()[-1:]}")
         return _identity(int(result.stdout))
 
-    def find(self, name: str, folder: Path) -> str | None:
-        """The controller whose command line names the job's folder."""
+    def find(self, name: str, folder: Path, submitted: float) -> str | None:
+        """The controller whose command line names the job's folder; the shell of its `setup`, where it has one."""
+        parents: dict[int, int] = {}
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with suppress(OSError):
-                words = path.read_bytes().split(b"\0")
-                if b"submitit.local._local" in words and os.fsencode(folder) in words:
-                    return _identity(int(path.parent.name))
-        return None
+                line = path.read_bytes()
+                if b"submitit.local._local" in line and os.fsencode(folder) in line:
+                    stat = path.with_name("stat").read_text().rpartition(")")[2].split()
+                    parents[int(path.parent.name)] = int(stat[1])
+        first = next((pid for pid, parent in parents.items() if parent not in parents), None)
+        return None if first is None else _identity(first)
 
     def status(self, attempt: Attempt, name: str) -> Status:
         """Whether the very process lives."""
@@ -140,7 +143,7 @@ class Lost:
         """Not possible."""
         raise Unreachable(self._reason)
 
-    def find(self, name: str, folder: Path) -> str | None:
+    def find(self, name: str, folder: Path, submitted: float) -> str | None:
         """Not known."""
         raise Unreachable(self._reason)
 

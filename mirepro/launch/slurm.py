@@ -139,9 +139,9 @@ class Slurm:
         with outside_a_job():
             return call("sbatch", "--test-only", text=script).stderr
 
-    def find(self, name: str, folder: Path) -> str | None:
+    def find(self, name: str, folder: Path, submitted: float) -> str | None:
         """See `Scheduler.find`."""
-        rows = [*self._listing(fresh=True).values(), *self._accounted(f"--name={name}")]
+        rows = [*self._listing(fresh=True).values(), *self._accounted(submitted, f"--name={name}")]
         return next((row.job for row in rows if row.name == name), None)
 
     def status(self, attempt: Attempt, name: str) -> Status:
@@ -150,7 +150,7 @@ class Slurm:
             remedy = f"run there, or give it up with `mirepro jobs cancel {attempt.job}`"
             raise UserError(f"job {attempt.job}: of cluster {attempt.cluster}, this is {self.cluster()}; {remedy}")
         row = self._listing().get(attempt.job)
-        rows = [row] if row is not None else self._accounted("--jobs", attempt.job)
+        rows = [row] if row is not None else self._accounted(attempt.submitted, "--jobs", attempt.job)
         return next((row.status() for row in rows if row.is_of(attempt, name)), Status("absent"))
 
     def cancel(self, attempt: Attempt, name: str) -> None:
@@ -166,11 +166,15 @@ class Slurm:
             self._taken = time.monotonic()
         return self._rows
 
-    def _accounted(self, *words: str) -> list[Row]:
-        """Rows of sacct, none where the cluster keeps no accounts."""
+    def _accounted(self, submitted: float, *words: str) -> list[Row]:
+        """Rows of sacct, none where the cluster keeps no accounts.
+
+        Not of all times: slurmdbd may refuse that (MaxQueryTimeRange), and a job that it does not name counts as lost.
+        """
         if not self._accounting:
             return []
-        form = ("--noheader", "--parsable2", "--allocations", "--starttime=1970-01-01")
+        since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(submitted - CLOCK_SLACK))
+        form = ("--noheader", "--parsable2", "--allocations", f"--starttime={since}")
         try:
             text = command("sacct", *form, "--format=JobID,Submit,State,NodeList,ExitCode,JobName", *words)
         except UserError as error:

@@ -157,7 +157,8 @@ class Wave:
                     self._end()
             except BaseException as error:
                 _stop(self._running)
-                handles = [item.worker.handle for item in self._running if isinstance(item.worker, Remote)]
+                remote = [item.worker for item in self._running if isinstance(item.worker, Remote)]
+                handles = [worker.handle for worker in remote if not worker.done]
                 if handles and isinstance(error, KeyboardInterrupt):
                     raise Detached(farewell(handles)) from error
                 raise
