@@ -50,7 +50,8 @@ def audit(run: Callable[..., str], words: Sequence[str]) -> str:
 
 def measure(store: Path, target: str, words: Sequence[str], folder: Path) -> dict[str, Any]:
     """Sizes, seconds and the verdict of an audit with these options."""
-    image = yaml.safe_load((store / "images.lock.yaml").read_text())["images"][target]
+    lock = yaml.safe_load((store / "images.lock.yaml").read_text())
+    image = lock["images"][target]
     seconds = {"build": float((store / target / "seconds").read_text())}
     load, environment = os.getloadavg()[0], build.engine(folder / "store")
     with serve(folder) as (address, _):
@@ -71,7 +72,7 @@ def measure(store: Path, target: str, words: Sequence[str], folder: Path) -> dic
     build.drop(folder / "store")
     sizes = {path: int(size) for size, path in (line.split("\t") for line in parts.splitlines())}
     return {
-        "target": target, **image, "megabytes": sizes,
+        "target": target, "tree": lock["tree"], **image, "megabytes": sizes,
         "seconds": seconds, "audit": list(words), "verdict": verdict, "cpus": os.cpu_count(),
         "processor": determinism.cpu("model name"),
         "load": [round(load, 1), round(os.getloadavg()[0], 1)],

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 
-from mirepro import determinism, files, params
+from mirepro import bounds, determinism, files, params
 from mirepro.errors import UserError
 from mirepro.profiles import Profile
 
@@ -22,6 +22,7 @@ def check(profile: Profile) -> None:
     mark = _mark(profile)
     if accepted.is_file() and accepted.read_text(encoding="utf-8") == mark:
         return
+    bounds.finite(profile.values)
     _pretraining(profile)
     _transfer(profile)
     files.write_text(accepted, mark)
@@ -32,7 +33,7 @@ def _mark(profile: Profile) -> str:
     root = profile.root
     manifests = [root / "data" / name / "manifest.json" for name in profile.values["datasets"]]
     locks = sorted((root / "locks" / profile.name).rglob("*.json"))
-    paths = [profile.path, *manifests, *locks, root / "mirepro" / "preflight.py"]
+    paths = [profile.path, *manifests, *locks, *(root / "mirepro" / name for name in ("preflight.py", "bounds.py"))]
     text = "\n".join(f"{path.relative_to(root)} {files.sha256(path)}" for path in paths)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -56,9 +57,14 @@ def _pretraining(profile: Profile) -> None:
             _check_splits("pretrain.data", data, sizes, run.pretrain.split, "val")
             size = sizes[run.pretrain.split]["samples"]
             settings.check(run.pretrain, size)
+            bounds.check("pretrain.optim", run.pretrain.optim, bounds.OPTIM)
             encoders.check(run.pretrain.encoder)
             determinism.check_device("pretrain.device", run.pretrain.device, run.tier, here=False)
             objective.check(size, run.pretrain.encoder.dim)
+            if getattr(objective, "n_clusters", 1) > size:
+                raise UserError(f"objective {run.objective}.n_clusters: more than {size} training images; use fewer")
+            if hasattr(objective, "background") and getattr(objective, "inner", 0):
+                raise UserError(f"objective {run.objective}.inner: its background begins at rank 0; leave it out")
             if objective.uses_labels and getattr(objective, "classes", classes) != classes:
                 raise UserError(f"objective {run.objective}.classes: use {classes}, as the data have")
         except UserError as error:
@@ -79,12 +85,14 @@ def _transfer(profile: Profile) -> None:
 
     values = profile.build(params.EvaluateParams, "evaluate")
     evaluate.check(values)
+    bounds.check("evaluate.linear", values.linear, bounds.LINEAR)
     known = shards.read_manifest(profile.root / "data" / values.data)["splits"]
     _check_splits("evaluate.data", values.data, known, *EVALUATED)
     determinism.check_device("evaluate.device", values.device, profile.tier, here=False)
     for model, data in sorted({(entry.model, entry.data) for entry in profile.detect_runs.values()}):
         recipe = profile.recipe(data)
         detection.check(model, recipe)
+        bounds.check("detect", recipe, bounds.DETECT)
         determinism.check_device("detect.device", recipe.device, profile.tier, here=False)
         _check_splits("detect_runs", data, shards.read_manifest(profile.root / "data" / data)["splits"], *EVALUATED)
     toy.check(profile.build(params.ToyParams, "toy"))

@@ -129,13 +129,21 @@ print(len(found), *found[:3])
 """Byte code that is valid by the time of its source: not the same in two builds, and stale in the image (PEP 552)."""
 
 
+TOOLS = ("g++", "c++", "cc", "gcc", "gcc-12", "cpp", "clang", "make", "as", "ld", "ninja", "git")
+"""Compilers and what belongs to them, and a control."""
+
+
 def is_sealed(built: Built) -> None:
     """What the documentation promises about the image: who runs, what is there, what can be written, its labels."""
     podman = built.podman
     podman.run("env")
     assert podman.run("-u", entry="id") == "65532"
-    assert podman.run("-c", "command -v g++ cc gcc make; true", entry="sh") == ""
-    assert podman.run("-c", "command -v git", entry="sh") == "/usr/bin/git"  # control
+    found = podman.run("-c", f"for name in {' '.join(TOOLS)}; do command -v $name; done; true", entry="sh")
+    assert found == "/usr/bin/git", "of these the image has none but the control"
+    binaries = podman.run(
+        "/opt/venv", "-path", "*/torch/bin/protoc*", "-o", "-name", "ptxas*", "-o", "-name", "nvcc", entry="find"
+    )
+    assert binaries == ""
     podman.run("/opt/mirepro/x", entry="touch", code=1)
     podman.run("/tmp/x", entry="touch")
     for read_only, code in ((["--read-only"], 1), ([], 0)):  # also for root, who may write where that is not said
@@ -190,6 +198,45 @@ def test_a_host_name_is_seen_by_a_build_and_found_in_its_files(tmp_path: Path) -
         (files / "planted").write_bytes(b"\0" + word.encode() + b"\0")
         with pytest.raises(AssertionError, match="planted"):
             is_clean(tmp_path, files)
+
+
+def test_what_a_later_layer_deletes_is_found(tmp_path: Path) -> None:
+    """A secret that one layer brings and the next takes away; controls: a layer without it, one without our files."""
+    blobs = tmp_path / "layout/blobs/sha256"
+    blobs.mkdir(parents=True)
+
+    def layer(number: int, name: str, text: str) -> None:
+        (tmp_path / "file").write_text(text)
+        words = ("tar", "-czf", blobs / str(number), "-C", tmp_path, f"--transform=s/file/{name}/", "file")
+        subprocess.run(words, check=True)
+
+    layer(1, "Dockerfile", "MIREPRO_AUDIT_SOURCE")
+    layer(2, ".wh.secret", "")
+    layer(3, "secret", "nothing")
+    are_clean(tmp_path, tmp_path / "layout")
+    layer(3, "secret", f"x{SECRET}x")
+    with pytest.raises(AssertionError, match="'3'"):
+        are_clean(tmp_path, tmp_path / "layout")
+    layer(3, HOST, "a name alone")
+    with pytest.raises(AssertionError, match="'3'"):
+        are_clean(tmp_path, tmp_path / "layout")
+    (blobs / "1").unlink()
+    (blobs / "3").unlink()
+    with pytest.raises(AssertionError, match="control"):
+        are_clean(tmp_path, tmp_path / "layout")
+
+
+def are_clean(checkout: Path, layout: Path) -> None:
+    """Nor does a layer below, whose deleted files stay in it though `is_clean` cannot see them, or the settings."""
+
+    def holds(blob: Path, words: list[str]) -> bool:
+        sought = [word for name in words for word in ("-e", name)]
+        with blob.open("rb") as file, subprocess.Popen(["gzip", "-dcf"], stdin=file, stdout=subprocess.PIPE) as raw:
+            return subprocess.run(["grep", "-aqF", *sought], stdin=raw.stdout, check=False).returncode == 0
+
+    blobs = sorted((layout / "blobs/sha256").iterdir())
+    assert [blob.name for blob in blobs if holds(blob, host(checkout))] == []
+    assert any(holds(blob, ["MIREPRO_AUDIT_SOURCE"]) for blob in blobs), "control: our own files are seen"
 
 
 def is_of_the_schema(built: Built, whole: dict[str, Any]) -> None:
@@ -303,17 +350,21 @@ def test_slurm_runs_it_by_podman_and_as_its_own_container(built: Built, cluster:
     line = ("srun", "--export=NONE", f"--container={bundle}", "/opt/venv/bin/mirepro")
     assert REPRODUCED in cluster.run(*line, "audit", "--level", "1")
     is_clean(built.checkout, bundle / "rootfs")
+    are_clean(built.checkout, built.made / "layout")
 
 
 @once
 def test_desk_stages_in_it_give_the_committed_lock(
     built: Built, cluster: Cluster, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A training, its evaluation and the toy as jobs of Slurm with the image's Python: lock and metrics are git's."""
+    """A training, its evaluation and the toy as jobs of Slurm: the image's Python and operators give git's lock."""
     checkout, podman = tmp_path / "checkout", built.podman
     git(tmp_path, "clone", "-q", str(root), str(checkout))
-    for extension in (root / "mirepro").glob("*.so"):
-        shutil.copy(extension, checkout / "mirepro")
+    inside = podman("create", podman.image)
+    podman("cp", f"{inside}:/opt/mirepro/mirepro", tmp_path / "inside")
+    podman("rm", inside)
+    for extension in [*(root / "mirepro").glob("*.so"), *(tmp_path / "inside").glob("*.so")]:
+        shutil.copy(extension, checkout / "mirepro")  # the image's operators, whichever Python the head runs
     (checkout / "launch/here.toml").write_text(f"poll = 0.5\n[all]\nimage = '{podman.image}'\nruntime = 'podman'\n")
     for name in ("CONTAINERS_STORAGE_CONF", "CONTAINERS_CONF"):
         monkeypatch.setenv(name, podman.environment[name])
@@ -348,6 +399,8 @@ def test_image_builds_equal_and_audits_the_desk_profile(root: Path, tmp_path: Pa
     build.drop(there / "cpu")
     with serve(tmp_path) as (address, _):
         built = pulled(root, made, address, tmp_path / "store")
+        locks = [yaml.safe_load(path.read_text()) for path in (root / images.LOCK, made / "images.lock.yaml")]
+        assert build.differences(*locks, "cpu")[1:] != ["all inputs that are recorded are the same"]
         is_sealed(built)
         is_described(built)
         assert REPRODUCED in built.podman.run("audit", "--level", "2", "--jobs", str(os.cpu_count()))

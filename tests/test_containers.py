@@ -375,12 +375,16 @@ def test_debian_components_have_their_own_names_and_addresses(monkeypatch: pytes
     ]
 
 
-def test_lock_keeps_the_other_target_of_the_same_inputs_only(tmp_path: Path) -> None:
+def test_lock_keeps_the_other_target_of_the_same_inputs_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "images.lock.yaml"
     assert build.merged(LISTED, path) == LISTED
     path.write_text(json.dumps(LISTED | {"images": {"cuda": {"digest": "x"}}}))
     assert set(build.merged(LISTED, path)["images"]) == {"cpu", "cuda"}
+    assert capsys.readouterr().out == ""
     assert set(build.merged(LISTED | {"tree": "9" * 64}, path)["images"]) == {"cpu"}
+    assert capsys.readouterr().out == f"{path}: without cuda now, which had another tree; build that again\n"
 
 
 def test_build_with_another_digest_names_what_is_other(
@@ -390,14 +394,16 @@ def test_build_with_another_digest_names_what_is_other(
     (tmp_path / "containers").mkdir()
     (tmp_path / images.LOCK).write_text(json.dumps(LISTED))
     monkeypatch.setattr(build, "ROOT", tmp_path)
-    build.compare(LISTED, "cpu")
+    assert build.compare(LISTED, "cpu")
     assert capsys.readouterr().out == f"{images.LOCK}: the same digest of cpu\n"
-    build.compare(LISTED | {"images": {"cuda": {"digest": "x"}}}, "cuda")
+    assert build.compare(LISTED | {"images": {"cuda": {"digest": "x"}}}, "cuda")
     assert capsys.readouterr().out == "", "the lock names no such image"
 
     other = {"images": {"cpu": {"digest": "sha256:5"}}}
-    build.compare(LISTED | other, "cpu")
+    assert not build.compare(LISTED | other, "cpu")
     assert capsys.readouterr().out.endswith("all inputs that are recorded are the same\n")
+    assert build.compare(LISTED | other | {"tree": "9" * 64}, "cpu"), "of another tree it must have another digest"
+    capsys.readouterr()
     newer = {"debian": {"libc6:amd64": "2.36-9+deb12u14"}, "debs": {"g++=4:12.2.0-4": "6" * 64}}
     build.compare(LISTED | other | newer, "cpu")
     assert capsys.readouterr().out.splitlines() == [
@@ -410,6 +416,31 @@ def test_build_with_another_digest_names_what_is_other(
     ]
     old = {name: value for name, value in LISTED.items() if name != "debs"}
     assert build.differences(old, LISTED | other, "cpu")[1:] == ["all inputs that are recorded are the same"]
+
+
+@pytest.mark.parametrize("tree", ["1" * 64, "9" * 64])
+@pytest.mark.parametrize("made", [LISTED["images"]["cpu"]["digest"], "sha256:5"])
+def test_locked_refuses_another_digest_of_the_same_tree(
+    made: str, tree: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Controls: the lock's own digest, and another tree."""
+    (tmp_path / "containers").mkdir()
+    (tmp_path / images.LOCK).write_text(json.dumps(LISTED))
+    lock = LISTED | {"tree": tree, "images": {"cpu": {"digest": made}}}
+    values = {"ROOT": tmp_path, "build": lambda *_: made, "context": lambda *_: None, "inputs": lambda *_: lock}
+    for name, value in values.items():
+        monkeypatch.setattr(build, name, value)
+    monkeypatch.setattr(build.images, "tree", lambda root: tree)
+    monkeypatch.setattr(sys, "argv", ["build", "--locked", "--store", str(tmp_path)])
+    umask = os.umask(0o022)
+    try:
+        if made == "sha256:5" and tree == LISTED["tree"]:
+            with pytest.raises(SystemExit, match="another image than the lock's, from the same tree"):
+                build.main()
+        else:
+            build.main()
+    finally:
+        os.umask(umask)
 
 
 @pytest.mark.parametrize("again", ["sha256:1", "sha256:2"])

@@ -1,5 +1,6 @@
 """What any stage would refuse is refused by the first one."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,11 @@ def desk(root: Path, tmp_path: Path, change: dict[str, Any]) -> profiles.Profile
     """The desk profile with changed values, and what is looked at beside it."""
     values = profiles.merge(params.read_yaml(root / "params.yaml"), change)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
-    for path in ("mirepro/preflight.py", *(f"data/{name}/manifest.json" for name in values["datasets"])):
+    for path in (
+        "mirepro/preflight.py",
+        "mirepro/bounds.py",
+        *(f"data/{name}/manifest.json" for name in values["datasets"]),
+    ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / path, tmp_path / path)
     return profiles.load(tmp_path, "desk")
@@ -46,6 +51,18 @@ def desk(root: Path, tmp_path: Path, change: dict[str, Any]) -> profiles.Profile
         ({"evaluate": {"tau": -1.0}}, "evaluate.tau: -1.0 is impossible"),
         ({"evaluate": {"device": "cuda"}}, "evaluate.device: 'cuda' is impossible in tier portable"),
         ({"detect": {"flip": 2.0}}, "detect.flip: 2.0 is impossible"),
+        ({"detect": {"clip": -1.0}}, "detect.clip: -1.0 is impossible; use a positive number"),
+        ({"detect": {"scales": []}}, "detect.scales: [] is impossible; use positive numbers, at least one"),
+        ({"detect": {"oks_sigma": 0.0}}, "detect.oks_sigma: 0.0 is impossible; use a positive number, or null"),
+        ({"detect": {"mask": {"pool": 7, "width": 8, "layers": 0}}}, "detect.mask.layers: 0 is impossible; use 1"),
+        ({"detect": {"roi_positive": 0.0}}, "detect.roi_positive: 0.0 is impossible; use a share in (0, 1]"),
+        ({"evaluate": {"linear": {"author_lr": 0.0}}}, "evaluate.linear.author_lr: 0.0 is impossible"),
+        ({"pretrain": {"optim": {"lr": math.nan}}}, "pretrain.optim.lr: nan is impossible; use a finite number"),
+        ({"evaluate": {"linear": {"l2": [1.0, math.inf]}}}, "evaluate.linear.l2[1]: inf is impossible"),
+        ({"rows": {"ir": {"pretrain": {"optim": {"milestones": [0.8, 0.6]}}}}},
+         "rows.ir: pretrain.optim.milestones: [0.8, 0.6] is impossible; use shares of the run in (0, 1), rising"),
+        ({"rows": {"la": {"options": {"n_clusters": 10**6}}}}, "rows.la: objective la.n_clusters: more than "),
+        ({"rows": {"la": {"options": {"inner": 0.05}}}}, "rows.la: objective la.inner: its background begins at "),
         ({"toy": {"banks": 0}}, "toy.banks: 0 is impossible"),
     ],
 )  # fmt: skip
