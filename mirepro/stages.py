@@ -257,10 +257,11 @@ def prepare(root: Path, profile_name: str, kind: str, key: str | None) -> None:
 
 
 def current(profile: Profile, name: str, job: Job) -> bool:
-    """Whether the stage's last run had the same fingerprint."""
+    """Whether the stage's last run had the same fingerprint, and what it left is still there."""
     record = provenance(profile) / f"{name}.json"
     before = files.read_json(record)["fingerprint"] if record.is_file() else None
-    return before == fingerprint(profile.root, name, job) and (profile.root / job.metrics).is_file()
+    left = [profile.root / path for path in (job.metrics, job.outputs) if path is not None]
+    return before == fingerprint(profile.root, name, job) and all(path.exists() for path in left)
 
 
 def described(profile: Profile, kind: str, key: str | None) -> tuple[str, Job]:

@@ -238,6 +238,13 @@ def test_no_object_of_lists(source, tmp_path, text, match):
 
 
 def test_bad_keypoints_and_bad_json(source, tmp_path):
+    edited(source, lambda c: c["annotations"].clear(), "person_keypoints")
+    refused(source, tmp_path / "out", r"annotation 3: has no keypoints in person_keypoints_train2017\.json; fetch both")
+    edited(
+        source,
+        lambda c: c["annotations"].append({"id": 3, "keypoints": [8, 9, 2, 7, 8, 1, 0, 0, 0]}),
+        "person_keypoints",
+    )
     edited(source, lambda c: c["annotations"][0]["keypoints"].pop(), "person_keypoints")
     refused(source, tmp_path / "out", r"person_keypoints_train2017\.json: annotation 3: 8 keypoint numbers, not 9")
     edited(source, lambda c: c["annotations"][0].update(keypoints=[8, 9, 3, 7, 8, 1, 0, 0, 0]), "person_keypoints")

@@ -1,13 +1,15 @@
 """A job resumes, and is collected as a whole: a kill at any moment leaves all of it to collect again or nothing."""
 
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from filelock import FileLock
 
-from mirepro import execution
+from mirepro import execution, files, stages
 from mirepro.errors import UserError
 
 
@@ -145,3 +147,15 @@ def test_read_only_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / ".mirepro").touch()  # a file where a folder has to be: refused for root too
     with pytest.raises(UserError, match="cannot write"):
         execution.execute(tmp_path, "a", job([]))
+
+
+@pytest.mark.parametrize("lost", ["", "metrics/a.json", "runs/a"])
+def test_a_stage_is_current_while_all_it_left_is_there(tmp_path: Path, lost: str) -> None:
+    """Else its slot of a parallel reproduction would compute nothing, and DVC everything."""
+    profile: Any = SimpleNamespace(root=tmp_path, name="desk")
+    mark = execution.execute(tmp_path, "a", JOB).fingerprint  # type: ignore[union-attr]
+    assert not stages.current(profile, "a", JOB), "nobody has recorded it"
+    files.write_json(stages.provenance(profile) / "a.json", {"fingerprint": mark})
+    if lost:
+        os.replace(tmp_path / lost, tmp_path / "elsewhere")
+    assert stages.current(profile, "a", JOB) == (not lost)

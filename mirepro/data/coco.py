@@ -88,6 +88,7 @@ class _Part:
         self.numbers = {number: i for i, (number, _) in enumerate(self.categories)}
         self.points: list[str] = next((c["keypoints"] for c in people["categories"] if c["keypoints"]), [])
         self.poses = {a["id"]: self._pose(a) for a in people["annotations"]}
+        self.posed = {c["id"] for c in people["categories"] if c["keypoints"]}
         self.images = sorted(instances["images"], key=lambda i: i["id"])
         self.annotations = self._by_image(instances["annotations"])
         order = rng.permutation(0, rng.Stream.DATA, 0, len(self.images))
@@ -145,6 +146,8 @@ class _Part:
             self.counts["dropped"] += 1
             return None
         pose = self.poses.get(one["id"], [])
+        if one["category_id"] in self.posed and not pose:
+            raise UserError(f"{where}: has no keypoints in {self.people_path.name}; fetch both files again")
         self.counts["objects"] += 1
         self.counts["crowd"] += one["iscrowd"]
         self.counts["keypoints"] += any(pose[2::3])
