@@ -61,10 +61,9 @@ def _pretraining(profile: Profile) -> None:
             encoders.check(run.pretrain.encoder)
             determinism.check_device("pretrain.device", run.pretrain.device, run.tier, here=False)
             objective.check(size, run.pretrain.encoder.dim)
-            clusters: int = getattr(objective, "n_clusters", 1)
-            if clusters > size:
+            if getattr(objective, "n_clusters", 1) > size:
                 raise UserError(f"objective {run.objective}.n_clusters: more than {size} training images; use fewer")
-            if hasattr(objective, "background") and getattr(objective, "inner", 0):
+            if hasattr(objective, "background") and getattr(objective, "inner", 0.0) > 0:
                 raise UserError(f"objective {run.objective}.inner: its background begins at rank 0; leave it out")
             if objective.uses_labels and getattr(objective, "classes", classes) != classes:
                 raise UserError(f"objective {run.objective}.classes: use {classes}, as the data have")
