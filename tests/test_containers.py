@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
 from mirepro.audit import images
 from mirepro.errors import UserError
@@ -115,8 +116,10 @@ def test_context_is_the_same_for_every_checkout(checkout: Path, tmp_path: Path) 
 @pytest.mark.parametrize("name", images.LATER)
 def test_tree_leaves_out_only_what_is_made_from_the_digest(checkout: Path, name: str) -> None:
     before = images.tree(checkout)
+    (checkout / name).parent.mkdir(parents=True, exist_ok=True)
     (checkout / name).write_text("new")
-    git(checkout, "commit", "-qam", "lock")
+    git(checkout, "add", name)
+    git(checkout, "commit", "-qm", "lock")
     assert images.tree(checkout) == before
     (checkout / "requirements.lock").write_text("y")
     git(checkout, "commit", "-qam", "packages")
@@ -206,6 +209,16 @@ def wanting(removed: list[Path]) -> set[str]:
     }
     assert listed
     return {name for name, text in listed.items() if gone & set(re.findall(r"NEEDED.*\[(.*)\]", text))}
+
+
+def test_what_was_measured_is_of_the_image_in_the_lock(root: Path) -> None:
+    """Sizes and times that the documentation points to; from the digest to the verdict within eight minutes."""
+    measured = json.loads((root / images.MEASURED).read_text())
+    lock = yaml.safe_load((root / images.LOCK).read_text())
+    assert (measured["tree"], measured["digest"]) == (lock["tree"], lock["images"][measured["target"]]["digest"])
+    assert measured["audit"][:2] == ["--level", "2"]
+    assert measured["verdict"].startswith("REPRODUCED: all ")
+    assert sum(measured["seconds"][part] for part in ("pull", "env", "audit")) < 480
 
 
 def test_apptainer_starts_what_the_image_starts() -> None:
